@@ -1,0 +1,25 @@
+"""
+Inter-layer hybrid (Bae et al. 2025, https://arxiv.org/abs/2510.04800) at Hymba-125M's parameters (within 0.8%): whole
+blocks of one kind or the other, Transformer to Mamba 1:5, never a Transformer block first, spread evenly.
+
+Data: python prepare.py python --site-packages --tokenizer=bpe:32000 --name=source
+or your own text under another name, given as --dataset=NAME.
+"""
+
+pattern = "MMTMMM" * 4
+n_embd = 512
+n_head = 8
+n_kv_head = 4
+n_hidden = 2048
+n_meta = 0
+block_size = 2048
+
+dataset = "source"
+batch_size = 16
+grad_accum = 8
+max_steps = 10000
+warmup_steps = 200
+decay_steps = 2000
+learning_rate = 3e-3
+min_lr = 1e-5
+eval_interval = 500

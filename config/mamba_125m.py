@@ -1,0 +1,22 @@
+"""
+Mamba at Hymba-125M's width and parameters (within 0.1%): SSM heads alone, no feed-forward, so 67 blocks instead of 24.
+
+Data: python prepare.py python --site-packages --tokenizer=bpe:32000 --name=source
+or your own text under another name, given as --dataset=NAME.
+"""
+
+pattern = "M" * 67
+n_embd = 512
+n_hidden = 0
+n_meta = 0
+block_size = 2048
+
+dataset = "source"
+batch_size = 8
+grad_accum = 16
+max_steps = 10000
+warmup_steps = 200
+decay_steps = 2000
+learning_rate = 3e-3
+min_lr = 1e-5
+eval_interval = 500

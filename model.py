@@ -1,0 +1,794 @@
+"""
+Hymba (Dong et al. 2024, https://arxiv.org/abs/2411.13676) and the architectures it is compared with, in one file.
+
+A model is a pattern string, one letter a block, which names the block's token mixer:
+
+    T  Transformer: full causal attention               H  hybrid heads: full attention and SSM heads side by side
+    t  Transformer: sliding-window attention            h  hybrid heads: sliding-window attention and SSM heads
+    M  Mamba: SSM heads                                 (sliding windows always see the meta tokens, too)
+
+Read from top to bottom: configuration, the two reference operations (selective_scan, windowed_attention), the parts
+of a block, the block, the cache, the model. Letters used for sizes throughout:
+
+    B batch            C model width (n_embd)      H query heads          E query/key head size
+    T tokens in call   D inner width (expand * C)  G key/value heads      F value head size
+    S keys seen        N SSM state size            M meta tokens          W window
+    V vocabulary       K conv kernel               R dt rank
+
+Parameters are float32, matrix products run in whatever autocast says, and A_log, D, the dt bias, softplus, exp, the
+SSM state and the statistics of every norm stay in float32.
+"""
+
+import copy
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass
+class HymbaConfig:
+    """Everything that makes one architecture. The defaults are Hymba-125M.
+
+    Raises ValueError for sizes that do not fit together, saying what to change.
+    """
+
+    vocab_size: int = 32001
+    block_size: int = 2048  # training tokens, meta tokens not counted
+    n_layer: int = 0  # 0: as many as the pattern has letters, or 24
+    n_embd: int = 512
+    n_head: int = 8
+    n_kv_head: int = 4  # grouped queries: n_head / n_kv_head query heads read each key/value head
+    n_hidden: int = 1664  # of the SwiGLU feed-forward; 0 leaves it out, as pure Mamba does
+    d_state: int = 16
+    d_conv: int = 4
+    expand: int = 2
+    dt_rank: int = 0  # 0: ceil(n_embd / 16)
+    n_meta: int = 128
+    window: int = 1024  # tokens a windowed query sees, itself included, meta tokens not counted
+    pattern: str = ""  # empty: Hymba's, full attention in the first, middle and last block
+    kv_share: bool = True  # neighbouring windowed blocks share keys and values
+    fusion: str = "mean"  # how hybrid heads meet: mean (Hymba), diff (attention - SSM) or concat
+    ssm_norm: bool = False  # RMSNorm on dt, B, C in M blocks, too; hybrid blocks always have it
+    rope_base: float = 10000.0
+    rope_orig: int = 0  # first training length; once block_size exceeds it, RoPE's base is stretched (NTK). 0: never
+    norm_eps: float = 1e-6
+
+    def __post_init__(self):
+        n = self.n_layer or len(self.pattern) or 24
+        self.pattern = self.pattern or "".join("H" if i in {0, (n - 1) // 2, n - 1} else "h" for i in range(n))
+        self.n_layer = n
+        self.dt_rank = self.dt_rank or math.ceil(self.n_embd / 16)
+        for f in fields(self):
+            least = 0 if f.name in {"n_meta", "n_hidden", "rope_orig"} else 1
+            if f.type in (int, "int") and getattr(self, f.name) < least:
+                raise ValueError(f"{f.name}={getattr(self, f.name)}: must be {least} or more")
+        for letter in self.pattern:
+            if letter not in "TtMHh":
+                raise ValueError(f"pattern '{self.pattern}': unknown letter '{letter}'; use T, t, M, H or h")
+        if len(self.pattern) != n:
+            raise ValueError(f"pattern '{self.pattern}' has {len(self.pattern)} letters but n_layer={n}; leave one out")
+        if self.fusion not in ("mean", "diff", "concat"):
+            raise ValueError(f"fusion='{self.fusion}': use mean, diff or concat")
+        if set(self.pattern) != {"M"}:  # attention heads must come out even
+            if self.n_head % self.n_kv_head:
+                raise ValueError(f"n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}")
+            if self.n_embd % (2 * self.n_head):
+                raise ValueError(f"n_embd={self.n_embd} is not a multiple of 2 * n_head={2 * self.n_head} (RoPE pairs)")
+
+    @property
+    def head_size(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def d_inner(self) -> int:
+        return self.expand * self.n_embd
+
+    @property
+    def kv_owner(self) -> list[int | None]:
+        """The block whose keys and values each block reads (None: it has no attention; itself: it owns them).
+
+        Hymba, Sec. 2.2: neighbouring windowed blocks share one cache in pairs, and in a run of odd length the first
+        group has three. Neighbours here are windowed blocks of the same letter.
+        """
+        owner = [None if letter == "M" else i for i, letter in enumerate(self.pattern)]
+        i = 0
+        while self.kv_share and i < self.n_layer:
+            end = i + 1
+            while end < self.n_layer and self.pattern[end] == self.pattern[i]:
+                end += 1
+            if self.pattern[i] in "th":
+                odd = (end - i) % 2
+                for j in range(i, end):
+                    owner[j] = i if j < i + 2 + odd else j - (j - i - odd) % 2
+            i = end
+        return owner
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The reference operations, in plain PyTorch. Faster kernels share their signatures and are tested against them.
+
+
+class _Recurrence(torch.autograd.Function):
+    """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t;  y_t = C_t . h_t   (Mamba, https://arxiv.org/abs/2312.00752, Eq. 2).
+
+    The idea: all that must run token by token is one multiply-add on (B, N, D) numbers; everything else runs on a
+    whole chunk of tokens in a few vectorised calls. Left to autograd, that loop would record every step and keep
+    every state, so the backward pass is written out here: the forward pass keeps only the state before each chunk,
+    the backward pass recomputes a chunk's states from it and runs the adjoint recurrence
+
+        g_t = C_t dy_t + exp(dt_{t+1} A) g_{t+1}        (the gradient of h_t)
+
+    from right to left. Time is the first axis and channels the last, so that each step touches contiguous memory.
+    """
+
+    CHUNK = 16  # tokens: a chunk's states should stay in the cache, and 1/16 of all states are kept for backward
+
+    @staticmethod
+    def states(x, dt, A, B, h):
+        """Decays and states of a chunk: x, dt (L, B, D), A (N, D), B (L, B, N), h (B, N, D) -> two (L, B, N, D)."""
+        decay = torch.exp(dt.unsqueeze(-2) * A)
+        hs = (dt * x).unsqueeze(-2) * B.unsqueeze(-1)
+        for decay_t, h_t in zip(decay.unbind(0), hs.unbind(0), strict=True):
+            h = h_t.addcmul_(decay_t, h)
+        return decay, hs
+
+    @staticmethod
+    def forward(ctx, x, dt, A, B, C, h):
+        x, dt, B, C = (u.transpose(0, 1) for u in (x, dt, B, C))  # (T, B, D), (T, B, D), (T, B, N), (T, B, N)
+        A, h = A.t().contiguous(), h.transpose(1, 2).contiguous()  # (N, D), (B, N, D)
+        y, kept = torch.empty(x.shape, dtype=x.dtype, device=x.device), []
+        for s in range(0, len(x), _Recurrence.CHUNK):
+            c = slice(s, s + _Recurrence.CHUNK)
+            kept.append(h)
+            _, hs = _Recurrence.states(x[c], dt[c], A, B[c], h)
+            y[c] = (C[c].unsqueeze(-2) @ hs).squeeze(-2)
+            h = hs[-1].clone()
+        ctx.save_for_backward(x, dt, A, B, C, *kept)
+        return y.transpose(0, 1), h.transpose(1, 2)  # (B, T, D), (B, D, N)
+
+    @staticmethod
+    def backward(ctx, dy, dh):
+        x, dt, A, B, C, *kept = ctx.saved_tensors
+        dy, dh = dy.transpose(0, 1), dh.transpose(1, 2).contiguous()
+        dx, ddt, dA, dB, dC = (
+            torch.empty_like(x),
+            torch.empty_like(dt),
+            torch.zeros_like(A),
+            *map(torch.empty_like, (B, C)),
+        )
+        for s in reversed(range(0, len(x), _Recurrence.CHUNK)):
+            c, h = slice(s, s + _Recurrence.CHUNK), kept.pop()
+            decay, hs = _Recurrence.states(x[c], dt[c], A, B[c], h)
+            g = dy[c].unsqueeze(-2) * C[c].unsqueeze(-1)  # (L, B, N, D)
+            g[-1] += dh
+            for t in reversed(range(len(g) - 1)):
+                g[t].addcmul_(decay[t + 1], g[t + 1])
+            dh = decay[0] * g[0]  # of the state before this chunk
+            dC[c] = (dy[c].unsqueeze(-2) @ hs.mT).squeeze(-2)
+            dB[c] = ((dt[c] * x[c]).unsqueeze(-2) @ g.mT).squeeze(-2)
+            dxdt = (B[c].unsqueeze(-2) @ g).squeeze(-2)  # of the product dt_t x_t
+            dx[c] = dxdt * dt[c]
+            decay[0] *= h
+            decay[1:] *= hs[:-1]
+            decay *= g  # now the gradient of dt_t A, in place: g_t exp(dt_t A) h_{t-1}
+            ddt[c] = torch.mul(decay, A, out=hs).sum(-2) + dxdt * x[c]
+            dA += decay.mul_(dt[c].unsqueeze(-2)).sum((0, 1))
+        return (
+            *(u.transpose(0, 1) for u in (dx, ddt)),
+            dA.t(),
+            *(u.transpose(0, 1) for u in (dB, dC)),
+            dh.transpose(1, 2),
+        )
+
+
+@torch.compiler.disable  # a loop over tokens is not for tracing
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Mamba's selective scan (Mamba, Algorithm 2, and Eq. 2 with the simplified discretisation of its B).
+
+        dt = softplus(dt + dt_bias);  h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t;  y_t = (C_t . h_t + D x_t) * silu(z_t)
+
+    x, dt, z (B, T, D); A (D, N) negative; B, C (B, T, N); D, dt_bias (D,); state (B, D, N), zeros if None.
+    Returns y (B, T, D) in x's dtype and the last state (B, D, N) in float32. All of it is computed in float32
+    (float64 for float64 inputs), is differentiable in every input, and keeps nothing of size B T D N for backward.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        u, dt, A, B, C = (t.to(dtype) for t in (x, dt, A, B, C))
+        dt = F.softplus(dt if dt_bias is None else dt + dt_bias.to(dtype))
+        state = u.new_zeros(u.shape[0], *A.shape) if state is None else state.to(dtype)
+        y, state = _Recurrence.apply(u, dt, A, B, C, state)
+        if D is not None:
+            y = y + D.to(dtype) * u
+        if z is not None:
+            y = y * F.silu(z.to(dtype))
+        return y.to(x.dtype), state
+
+
+def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, n_meta: int) -> Tensor:
+    """Causal attention with grouped queries, inside a sliding window that always sees the meta tokens, too.
+
+    q (B, T, H, E), k (B, S, G, E), v (B, S, G, F) -> (B, T, H, F), H a multiple of G. Query i stands at position
+    S - T + i and sees key j where j <= position and (position - j < window or j < n_meta); window None sees all j <=
+    position. Queries are taken in pieces that each meet only the keys in their reach: O(T (W + M)), not O(T S).
+    """
+    q, k, v = (u.transpose(1, 2) for u in (q, k, v))  # heads first: (B, H, T, E), (B, G, S, E), (B, G, S, F)
+    T, S = q.shape[2], k.shape[2]
+    W = S if window is None else min(window, S)
+    if W == S == T:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+    out, step = [], max(128, min(W, 1024))
+    for i in range(0, T, step):
+        first, end = S - T + i, min(S - T + i + step, S)  # positions of this piece's queries
+        low = max(first - W + 1, 0)  # the first key in its window
+        keys = [*range(min(n_meta, low)), *range(low, end)]  # meta tokens left of the window, then the window
+        j, position = torch.tensor(keys, device=q.device), torch.arange(first, end, device=q.device)[:, None]
+        mask = (j <= position) & ((position - j < W) | (j < n_meta))
+        o = F.scaled_dot_product_attention(q[:, :, i : i + step], k[:, :, j], v[:, :, j], mask, enable_gqa=True)
+        out.append(o)
+    return torch.cat(out, dim=2).transpose(1, 2)
+
+
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> Tensor:
+    """One new token's attention over the cache: q (B, 1, H, E), k (B, S, G, E), v (B, S, G, F) -> (B, 1, H, F).
+
+    pos (B,): the token's position. The slots of a cache fill from the left and all that it holds is in reach, so a
+    row sees slots 0 ... pos (all S once the ring is full). Their order does not matter: RoPE was applied before.
+    """
+    mask = torch.arange(k.shape[1], device=q.device) <= pos[:, None]  # (B, S)
+    q, k, v = (u.transpose(1, 2) for u in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask[:, None, None], enable_gqa=True).transpose(1, 2)
+
+
+def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Depthwise causal convolution and SiLU: y_t = silu(bias + sum_k weight[:, k] x_{t - K + 1 + k}).
+
+    x (B, T, D), weight (D, K), bias (D,), tail (B, K - 1, D): the inputs just before x, zeros if None.
+    Returns y (B, T, D) and the next call's tail. K shifted multiply-adds need no transposes, and compile to one kernel.
+    """
+    T, K = x.shape[1], weight.shape[1]
+    x = F.pad(x, (0, 0, K - 1, 0)) if tail is None else torch.cat([tail, x], dim=1)  # (B, K - 1 + T, D)
+    y = sum(x[:, k : k + T] * weight[:, k] for k in range(K)) + bias
+    return F.silu(y).to(x.dtype), x[:, T:]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The parts of a block
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis (Zhang & Sennrich 2019), statistics in float32."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+def rope_angles(config: HymbaConfig, pos: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin for positions pos (b, T), meta tokens counted: two (b, T, 1, E / 2) float32 tensors.
+
+    Longer sequences than rope_orig stretch the base by NTK: base (2 block_size / rope_orig - 1)^(E / (E - 2)), so
+    that the slowest wave turns no further over the new length than it did over the old.
+    """
+    E, base = config.head_size, config.rope_base
+    if 0 < config.rope_orig < config.block_size:
+        base *= (2 * config.block_size / config.rope_orig - 1) ** (E / (E - 2))
+    freq = base ** (-torch.arange(0, E, 2, device=pos.device, dtype=torch.float32) / E)  # (E / 2,)
+    angle = pos[..., None, None] * freq
+    return angle.cos(), angle.sin()
+
+
+def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary position embedding (Su et al. 2021), half-split form: channel i turns with channel i + E / 2."""
+    (cos, sin), (a, b) = rope, x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+class HybridHeads(nn.Module):
+    """The token mixer of every kind of block: attention heads, SSM heads, or both in parallel on the same input.
+
+    Hymba, Sec. 2.1: one projection feeds all heads, both kinds give D channels, each branch is RMS-normalised with
+    its own scale (their magnitudes differ a lot), the two are averaged and go through one output projection. So
+    value heads are twice (expand times) as wide as query heads here, while a block of attention alone is Llama's
+    and a block of SSM heads alone is Mamba's.
+    """
+
+    def __init__(self, config: HymbaConfig, layer: int):
+        super().__init__()
+        letter, C, D = config.pattern[layer], config.n_embd, config.d_inner
+        self.layer, self.n_meta, self.fusion = layer, config.n_meta, config.fusion
+        self.has_attn, self.has_ssm = letter != "M", letter in "MHh"
+        self.window = config.window if letter in "th" else None
+        self.owns_kv = config.kv_owner[layer] == layer
+        self.E, width, sizes = config.head_size, 0, []
+        if self.has_attn:
+            self.H, self.G = config.n_head, config.n_kv_head
+            self.F = D // self.H if self.has_ssm else self.E
+            sizes += [self.H * self.E] + [self.G * self.E, self.G * self.F] * self.owns_kv  # q, k, v
+            width = self.H * self.F
+        if self.has_ssm:
+            N, R, eps = config.d_state, config.dt_rank, config.norm_eps
+            sizes += [D, D]  # x, z
+            width = 2 * D if self.has_attn and self.fusion == "concat" else D
+            self.conv_weight = nn.Parameter(torch.empty(D, config.d_conv))
+            self.conv_bias = nn.Parameter(torch.zeros(D))
+            self.x_proj = nn.Linear(D, R + 2 * N, bias=False)
+            self.x_sizes = [R, N, N]
+            normed = self.has_attn or config.ssm_norm
+            self.dt_norm, self.B_norm, self.C_norm = (RMSNorm(n, eps) if normed else nn.Identity() for n in (R, N, N))
+            self.dt_proj = nn.Linear(R, D, bias=False)
+            self.dt_bias = nn.Parameter(torch.empty(D))
+            self.A_log = nn.Parameter(torch.empty(D, N))
+            self.D = nn.Parameter(torch.ones(D))
+        if self.has_attn and self.has_ssm:
+            self.attn_norm, self.ssm_norm = RMSNorm(D, config.norm_eps), RMSNorm(D, config.norm_eps)
+        self.sizes = sizes
+        self.in_proj = nn.Linear(C, sum(sizes), bias=False)
+        self.out_proj = nn.Linear(width, C, bias=False)
+
+    def attend(self, parts, rope, kv, cache):
+        """Attention heads: parts q (B, T, H E), and k, v where this block owns them -> (B, T, H F) and its k, v."""
+        B, T, _ = parts[0].shape
+        q = apply_rope(parts.pop(0).view(B, T, self.H, self.E), rope)
+        if self.owns_kv:
+            k = apply_rope(parts.pop(0).view(B, T, self.G, self.E), rope)
+            v = parts.pop(0).view(B, T, self.G, self.F)
+            kv = (k, v) if cache is None else cache.append(self.layer, self.window, k, v)
+        if cache is not None and T == 1:
+            return decode_attention(q, *kv, cache.pos).flatten(2), kv
+        return windowed_attention(q, *kv, self.window, self.n_meta).flatten(2), kv
+
+    def scan(self, x, z, cache):
+        """SSM heads (Mamba, Fig. 3 and Algorithm 2): x and gate z (B, T, D) -> (B, T, D)."""
+        tail, state = (None, None) if cache is None else cache.ssm[self.layer]
+        x, next_tail = causal_conv(x, self.conv_weight, self.conv_bias, tail)
+        dt, B, C = self.x_proj(x).split(self.x_sizes, dim=-1)  # (B, T, R), (B, T, N), (B, T, N)
+        dt = self.dt_proj(self.dt_norm(dt))  # (B, T, D)
+        A = -torch.exp(self.A_log.float())
+        y, next_state = selective_scan(x, dt, A, self.B_norm(B), self.C_norm(C), self.D, z, self.dt_bias, state)
+        if cache is not None:
+            tail.copy_(next_tail)
+            state.copy_(next_state)
+        return y
+
+    def forward(self, x, rope, kv, cache):
+        """x (B, T, C) -> (B, T, C), and the keys and values that the blocks of its group read."""
+        parts = list(self.in_proj(x).split(self.sizes, dim=-1))  # q, [k, v,] x, z: as many as the block has
+        if self.has_attn:
+            y, kv = self.attend(parts, rope, kv, cache)  # (B, T, H F)
+        if self.has_ssm:
+            s = self.scan(*parts, cache)  # (B, T, D)
+            if not self.has_attn:
+                y = s
+            else:
+                y, s = self.attn_norm(y), self.ssm_norm(s)
+                y = (
+                    torch.cat([y, s], dim=-1)
+                    if self.fusion == "concat"
+                    else (y + s) / 2
+                    if self.fusion == "mean"
+                    else y - s
+                )
+        return self.out_proj(y), kv
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x)), (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config: HymbaConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.n_embd, config.n_hidden, bias=False)
+        self.up_proj = nn.Linear(config.n_embd, config.n_hidden, bias=False)
+        self.down_proj = nn.Linear(config.n_hidden, config.n_embd, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: a token mixer, then the feed-forward unless n_hidden is 0."""
+
+    def __init__(self, config: HymbaConfig, layer: int):
+        super().__init__()
+        self.mixer_norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.mixer = HybridHeads(config, layer)
+        self.ffn = None
+        if config.n_hidden:
+            self.ffn_norm = RMSNorm(config.n_embd, config.norm_eps)
+            self.ffn = FeedForward(config)
+
+    def forward(self, x, rope, kv, cache):
+        y, kv = self.mixer(self.mixer_norm(x), rope, kv, cache)
+        x = x + y
+        if self.ffn is not None:
+            x = x + self.ffn(self.ffn_norm(x))
+        return x, kv  # (B, T, C)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The cache
+
+
+class Cache:
+    """What generation keeps of B sequences, for each block only what it owns:
+
+    - full attention: keys and values of every token, in a buffer with room for n_tokens that grows when it is full;
+    - windowed attention: keys and values of the meta tokens, pinned, and a ring of the last `window` tokens;
+    - SSM: the last K - 1 inputs of the convolution and the float32 state.
+
+    Made by Hymba.new_cache, which fills in the meta tokens. Rows may stand at different positions while they take one
+    token a call; a longer call needs rows of equal length (Hymba.generate shows how: prefill equal rows together).
+    """
+
+    def __init__(self, config: HymbaConfig, batch_size: int, n_tokens: int, dtype: torch.dtype, device: torch.device):
+        c, new = config, lambda *shape, dtype=dtype: torch.zeros(batch_size, *shape, dtype=dtype, device=device)
+        self.n_meta, self.capacity = c.n_meta, n_tokens
+        self.pos = torch.zeros(batch_size, dtype=torch.long, device=device)  # tokens each row has seen, meta included
+        self.longest, self.ragged = 0, False  # the largest of pos and whether they differ, known without a device sync
+        self.kv, self.ssm = {}, {}  # by block
+        for i, letter in enumerate(c.pattern):
+            if c.kv_owner[i] == i:
+                slots = c.n_meta + (c.window if letter in "th" else n_tokens)
+                value_size = c.d_inner // c.n_head if letter in "Hh" else c.head_size
+                self.kv[i] = new(slots, c.n_kv_head, c.head_size), new(slots, c.n_kv_head, value_size)
+            if letter in "MHh":
+                self.ssm[i] = new(c.d_conv - 1, c.d_inner), new(c.d_inner, c.d_state, dtype=torch.float32)
+        self.full = [i for i in self.kv if c.pattern[i] in "TH"]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: Hymba.cache_bytes(capacity, dtype) for each row."""
+        return sum(u.nbytes for pair in [*self.kv.values(), *self.ssm.values()] for u in pair)
+
+    def map(self, f) -> "Cache":
+        """A cache with f applied to every tensor: rows are the first axis of each."""
+        new = copy.copy(self)
+        new.pos = f(self.pos)
+        new.kv, new.ssm = ({i: tuple(f(u) for u in pair) for i, pair in d.items()} for d in (self.kv, self.ssm))
+        return new
+
+    def reserve(self, n_tokens: int) -> None:
+        """Make room for n_tokens more in every row; buffers at least double, so that growing costs O(1) a token."""
+        if (need := self.longest + n_tokens - self.n_meta) > self.capacity:
+            self.capacity = max(2 * self.capacity, need)
+            for i in self.full:
+                self.kv[i] = tuple(
+                    torch.cat([u, u.new_zeros(u.shape[0], self.n_meta + self.capacity - u.shape[1], *u.shape[2:])], 1)
+                    for u in self.kv[i]
+                )
+
+    def append(self, layer: int, window: int | None, k: Tensor, v: Tensor):
+        """Store k, v (B, T, G, E or F) and return what this call's queries see: (B, S, G, E), (B, S, G, F).
+
+        For T = 1 that is the buffer itself, its slots in no particular order (see decode_attention). For more, keys
+        come in order of position with the new ones last, as windowed_attention takes them: what lies between the
+        meta tokens and the window is gone, but that changes no distance inside the window.
+        """
+        T, M, p, pair = k.shape[1], self.n_meta, self.longest, self.kv[layer]
+        if T == 1:
+            slot = self.pos if window is None else torch.where(self.pos < M, self.pos, M + (self.pos - M) % window)
+            for buffer, new in zip(pair, (k, v), strict=True):
+                buffer[torch.arange(len(slot), device=k.device), slot] = new[:, 0]
+            return tuple(buffer[:, : p + 1] for buffer in pair)
+        if self.ragged:
+            raise ValueError("the rows of this cache differ in length: feed them one token a call, or apart")
+        if window is None:
+            for buffer, new in zip(pair, (k, v), strict=True):
+                buffer[:, p : p + T] = new
+            return tuple(buffer[:, : p + T] for buffer in pair)
+
+        def slots(*ranges: range) -> Tensor:
+            positions = [*ranges[0], *ranges[1]]
+            return torch.tensor(
+                [i if i < M else M + (i - M) % window for i in positions], dtype=torch.long, device=k.device
+            )
+
+        end, seen = p + T, []
+        old = slots(range(min(p, M)), range(max(p - window + 1, M), p))
+        kept = range(p, min(end, M)), range(max(p, M, end - window), end)
+        new_slots, new_index = (
+            slots(*kept),
+            torch.tensor([i - p for r in kept for i in r], dtype=torch.long, device=k.device),
+        )
+        for buffer, new in zip(pair, (k, v), strict=True):
+            seen.append(torch.cat([buffer[:, old], new], dim=1))
+            buffer[:, new_slots] = new[:, new_index]
+        return tuple(seen)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model
+
+# Dense bf16 peak of a GPU by the name it reports, FLOP/s (vendors' data sheets, without sparsity)
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
+              "L4": 121e12, "A10": 125e12, "4090": 165e12, "3090": 71e12}  # fmt: skip
+
+
+class Hymba(nn.Module):
+    """Decoder-only language model: embedding, blocks by config.pattern, norm, and the embedding again as output."""
+
+    def __init__(self, config: HymbaConfig):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        self.meta = nn.Parameter(torch.empty(config.n_meta, config.n_embd)) if config.n_meta else None
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.norm = RMSNorm(config.n_embd, config.norm_eps)
+        self._meta_cache = None
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """All initialisation there is.
+
+        - Matrices and embeddings: normal, std 0.02; the projections back into the residual stream are divided by
+          sqrt(2 n_layer), so that its variance does not grow with depth (GPT-2).
+        - Meta tokens: like token embeddings, because they enter the residual stream in the same place: the first
+          norm then treats them as words, and they differ from one another from the first step (equal ones would get
+          equal gradients in an attention branch and stay nearly equal).
+        - SSM (Mamba, Sec. 3.6): A = -(1 ... N) in every channel; the dt bias so that steps softplus(bias) spread
+          log-uniformly over [1e-3, 1e-1], which gives channels memories of about 10 to 1000 tokens; dt_proj uniform
+          within R^-1/2, so that dt varies around its bias on the scale of its normalised input.
+        """
+        cfg = self.config
+        for name, p in self.named_parameters():
+            if name.endswith("A_log"):
+                p.copy_(torch.arange(1, cfg.d_state + 1, dtype=torch.float32, device=p.device).log().expand_as(p))
+            elif name.endswith("dt_bias"):
+                dt = torch.exp(torch.rand_like(p) * math.log(100) + math.log(1e-3))
+                p.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+            elif name.endswith("dt_proj.weight"):
+                p.uniform_(-(cfg.dt_rank**-0.5), cfg.dt_rank**-0.5)
+            elif name.endswith("conv_weight"):
+                p.uniform_(-(cfg.d_conv**-0.5), cfg.d_conv**-0.5)
+            elif name.endswith(("out_proj.weight", "down_proj.weight")):
+                p.normal_(std=0.02 / math.sqrt(2 * cfg.n_layer))
+            elif p.dim() == 2:
+                p.normal_(std=0.02)
+
+    def run(self, x: Tensor, cache: Cache | None) -> Tensor:
+        """All blocks on embeddings x (B, T, C), which continue the cache if there is one -> (B, T, C), not normed."""
+        pos = torch.arange(x.shape[1], device=x.device)[None]  # (1, T)
+        if cache is not None:
+            cache.reserve(x.shape[1])
+            pos = pos + cache.pos[:, None]  # (B, T)
+        rope, kv = rope_angles(self.config, pos), None
+        for block in self.blocks:
+            x, kv = block(x, rope, kv, cache)
+        if cache is not None:
+            cache.pos += x.shape[1]
+            cache.longest += x.shape[1]
+        return x
+
+    def hidden(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
+        """Final normed states (B, T, C) of tokens idx (B, T)."""
+        x = self.embed(idx)
+        if cache is not None:
+            with torch.no_grad():
+                return self.norm(self.run(x, cache))
+        if self.meta is not None:  # Hymba, Sec. 2.3: the meta tokens go before every sequence
+            x = torch.cat([self.meta.expand(len(x), -1, -1), x], dim=1)  # (B, M + T, C)
+        return self.norm(self.run(x, None)[:, self.config.n_meta :])
+
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, cache: Cache | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Logits or loss of tokens idx (B, T).
+
+        Without targets: (logits (B, T, V), None). With targets (B, T), -1 where there is nothing to predict:
+        (None, mean cross-entropy in nats per token), taken in pieces of 2,048 tokens that the backward pass
+        recomputes, so that no T x V tensor is ever held. With a cache (from new_cache), idx continues it.
+        """
+        x = self.hidden(idx, cache)
+        if targets is None:
+            return F.linear(x, self.embed.weight), None
+
+        def piece_loss(x, target):  # (n, C), (n,) -> ()
+            logits = F.linear(x, self.embed.weight)
+            return F.cross_entropy(logits.float(), target, ignore_index=-1, reduction="sum")
+
+        pieces = zip(x.flatten(0, 1).split(2048), targets.flatten().split(2048), strict=True)
+        loss = sum(checkpoint(piece_loss, *piece, use_reentrant=False) for piece in pieces)
+        return None, loss / (targets >= 0).sum()
+
+    def new_cache(self, batch_size: int, n_tokens: int) -> Cache:
+        """A cache for batch_size sequences that has seen the meta tokens and has room for n_tokens before it grows.
+
+        The meta tokens run once per model, not per cache; changed weights are noticed and run them again.
+        """
+        weight = self.embed.weight
+        device = weight.device
+        auto = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if auto else weight.dtype
+        cache = Cache(self.config, batch_size, n_tokens, dtype, device)
+        if self.meta is not None:
+            stamp = [(dtype, p.data_ptr(), p._version) for p in self.parameters()]
+            if self._meta_cache is None or self._meta_cache[0] != stamp:
+                once = Cache(self.config, 1, 0, dtype, device)
+                with torch.no_grad():
+                    self.run(self.meta[None], once)
+                self._meta_cache = stamp, once
+            once = self._meta_cache[1]
+            cache.pos += once.pos
+            cache.longest = once.longest
+            for mine, theirs in [(cache.kv, once.kv), (cache.ssm, once.ssm)]:
+                for i in mine:
+                    for u, seen in zip(mine[i], theirs[i], strict=True):
+                        u[:, : seen.shape[1]] = seen
+        return cache
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop: int | None = None,
+        seed: int = 0,
+    ) -> Iterator[list[int | None]]:
+        """Continue every prompt (token ids; lengths may differ), yielding one token for each at every step.
+
+        Each item is a list with the next token of every prompt, None for those that have ended with the token
+        `stop` (which is not yielded). Ends when all have, or after max_new_tokens. Temperature 0 is greedy; top_k
+        keeps the k likeliest tokens, top_p the likeliest that together reach probability p. Row i draws from its own
+        stream of random numbers, (seed, i): what else is in the batch does not change it.
+        """
+        if not prompts or not all(len(p) for p in prompts):
+            raise ValueError("every prompt needs at least one token: begin an empty one with the end-of-text token")
+        if bad := [t for p in prompts for t in p if not 0 <= t < self.config.vocab_size]:
+            raise ValueError(f"token {bad[0]} is outside of the vocabulary of {self.config.vocab_size}")
+        if temperature < 0 or (top_k is not None and top_k < 1) or not (top_p is None or 0 < top_p <= 1):
+            raise ValueError(f"temperature={temperature}, top_k={top_k}, top_p={top_p}: use >= 0, >= 1, and 0 < p <= 1")
+        device = self.embed.weight.device
+        rows = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # prompts still going, in order of length
+        longest = len(prompts[rows[-1]])
+        cache = self.new_cache(len(rows), longest + (256 if max_new_tokens is None else max_new_tokens))
+        rngs = {i: torch.Generator(device).manual_seed(seed * 1_000_003 + i) for i in rows}
+
+        x = []  # prefill: rows of equal length together, each group writing into its own rows of the cache
+        for n in sorted({len(p) for p in prompts}):
+            group = [j for j, i in enumerate(rows) if len(prompts[i]) == n]
+            part = cache.map(lambda u, group=group: u[group[0] : group[-1] + 1])
+            idx = torch.tensor([list(prompts[rows[j]]) for j in group], device=device)
+            for piece in idx.split(4096, dim=1):  # bounds the memory of long prompts
+                last = self.hidden(piece, part)[:, -1]
+            x.append(last)
+        cache.longest, cache.ragged = part.longest, len(x) > 1
+        x = torch.cat(x)  # (B, C)
+
+        step = 0
+        while max_new_tokens is None or step < max_new_tokens:
+            logits = F.linear(x, self.embed.weight).float()
+            tokens = sample_token(logits, temperature, top_k, top_p, [rngs[i] for i in rows])
+            out: list[int | None] = [None] * len(prompts)
+            for i, token in zip(rows, tokens.tolist(), strict=True):
+                out[i] = None if token == stop else token
+            going = [j for j, i in enumerate(rows) if out[i] is not None]
+            if not going:
+                return
+            yield out
+            if len(going) < len(rows):  # rows that have ended leave the batch
+                rows, keep = [rows[j] for j in going], torch.tensor(going, device=device)
+                tokens, cache = tokens[keep], cache.map(lambda u, keep=keep: u[keep])
+            step += 1
+            if step != max_new_tokens:
+                x = self.hidden(tokens[:, None], cache)[:, -1]
+
+    def num_params(self) -> int:
+        """Parameters, the tied embedding counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def cache_bytes(self, n_tokens: int, dtype: torch.dtype = torch.bfloat16) -> int:
+        """Bytes of the cache of one sequence with room for n_tokens (meta tokens not counted): what Cache holds."""
+        return Cache(self.config, 1, n_tokens, dtype, torch.device("meta")).nbytes
+
+    def flops_per_token(self, n_tokens: int | None = None, training: bool = True) -> float:
+        """Floating-point operations per text token, a multiply-add counted as two.
+
+        Forward: 2 for each weight of a matrix (the embedding counts once, as the output layer); 2 H (E + F) for each
+        key that attention sees; 7 D N for the scan (dt A, exp, decay h, dt x B, their sum, and C . h with its sum)
+        and 2 K D for the convolution. Training: three times the forward pass (the backward pass is two), averaged
+        over a sequence of n_tokens (block_size if None), the meta tokens' work included. Inference
+        (training=False): the forward pass of one token that follows n_tokens others.
+        """
+        c, T = self.config, self.config.block_size if n_tokens is None else n_tokens
+        weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        last = c.n_meta + T  # position of the token in inference; in training, how many there are
+        p = torch.arange(last, dtype=torch.float64) if training else torch.tensor([last], dtype=torch.float64)
+        flops = 2.0 * weights * len(p)
+        for mixer in (block.mixer for block in self.blocks):
+            if mixer.has_attn:
+                seen = p + 1
+                if mixer.window is not None:  # the window, and the meta tokens to the left of it
+                    seen = seen.clamp(max=mixer.window) + (seen - mixer.window).clamp(0, c.n_meta)
+                flops += 2 * mixer.H * (mixer.E + mixer.F) * seen.sum().item()
+            if mixer.has_ssm:
+                flops += (7 * c.d_inner * c.d_state + 2 * c.d_conv * c.d_inner) * len(p)
+        output = 2 * self.embed.weight.numel()  # text tokens only
+        return 3 * (flops / T + output) if training else flops + output
+
+    def estimate_mfu(self, tokens_per_second: float) -> float | None:
+        """Model FLOPs utilisation in training: the share of the GPU's bf16 peak that flops_per_token explains.
+
+        None on a device whose peak is not in PEAK_FLOPS (CPUs among them).
+        """
+        name = torch.cuda.get_device_name() if self.embed.weight.is_cuda else ""
+        peak = next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), None)
+        return peak and self.flops_per_token() * tokens_per_second / peak
+
+    def save_pretrained(self, folder: str | Path, **extra) -> None:
+        """Write model.safetensors and config.json ({"model": the configuration, **extra}) into folder."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: p.contiguous() for name, p in self.state_dict().items()}, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps({"model": asdict(self.config), **extra}, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "Hymba":
+        """Load what save_pretrained (and so train.py) wrote, without a second copy of the weights in memory.
+
+        Raises FileNotFoundError without the two files, ValueError naming each missing, unexpected or misshapen tensor.
+        """
+        from safetensors.torch import load_file
+
+        folder = Path(folder)
+        for name in ("config.json", "model.safetensors"):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder / name} is missing: {folder} is not a checkpoint")
+        config = json.loads((folder / "config.json").read_text())
+        with torch.device("meta"):
+            model = cls(HymbaConfig(**config["model"]))
+        tensors, wanted = load_file(folder / "model.safetensors"), model.state_dict()
+        problems = [f"{name} is missing" for name in wanted.keys() - tensors.keys()]
+        problems += [f"{name} is unexpected" for name in tensors.keys() - wanted.keys()]
+        for name in wanted.keys() & tensors.keys():
+            if wanted[name].shape != tensors[name].shape:
+                problems.append(f"{name} is {tuple(tensors[name].shape)}, not {tuple(wanted[name].shape)}")
+        if problems:
+            raise ValueError(f"{folder / 'model.safetensors'} does not fit its config: {'; '.join(sorted(problems))}")
+        model.load_state_dict(tensors, assign=True)
+        return model.requires_grad_()
+
+
+def sample_token(
+    logits: Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    generators: list[torch.Generator],
+) -> Tensor:
+    """Draw one token a row from logits (B, V), row i with generators[i] -> (B,)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
+    if top_k is not None:
+        probs[:, top_k:] = 0
+    if top_p is not None:
+        probs[probs.cumsum(-1) - probs >= top_p * probs.sum(-1, keepdim=True)] = 0  # what precedes it reaches p already
+    picks = [torch.multinomial(row, 1, generator=g) for row, g in zip(probs, generators, strict=True)]
+    return order.gather(1, torch.stack(picks)).squeeze(1)
