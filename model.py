@@ -24,11 +24,13 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import groupby
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -98,17 +100,13 @@ class HymbaConfig:
         Hymba, Sec. 2.2: neighbouring windowed blocks share one cache in pairs, and in a run of odd length the first
         group has three. Neighbours here are windowed blocks of the same letter.
         """
-        owner = [None if letter == "M" else i for i, letter in enumerate(self.pattern)]
-        i = 0
-        while self.kv_share and i < self.n_layer:
-            end = i + 1
-            while end < self.n_layer and self.pattern[end] == self.pattern[i]:
-                end += 1
-            if self.pattern[i] in "th":
-                odd = (end - i) % 2
-                for j in range(i, end):
-                    owner[j] = i if j < i + 2 + odd else j - (j - i - odd) % 2
-            i = end
+        owner = []
+        for letter, run in groupby(self.pattern):
+            start, n = len(owner), len(list(run))
+            for j in range(n):
+                if self.kv_share and letter in "th":
+                    j = 0 if j < 2 + n % 2 else j - (j - n % 2) % 2
+                owner.append(None if letter == "M" else start + j)
         return owner
 
 
@@ -129,7 +127,7 @@ class _Recurrence(torch.autograd.Function):
     from right to left. Time is the first axis and channels the last, so that each step touches contiguous memory.
     """
 
-    CHUNK = 16  # tokens: a chunk's states should stay in the cache, and 1/16 of all states are kept for backward
+    CHUNK = 16  # tokens: a chunk's states should fit the processor's cache, and 1 in 16 of all states is kept
 
     @staticmethod
     def states(x, dt, A, B, h):
@@ -142,8 +140,7 @@ class _Recurrence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, dt, A, B, C, h):
-        x, dt, B, C = (u.transpose(0, 1) for u in (x, dt, B, C))  # (T, B, D), (T, B, D), (T, B, N), (T, B, N)
-        A, h = A.t().contiguous(), h.transpose(1, 2).contiguous()  # (N, D), (B, N, D)
+        """x, dt (T, B, D), A (N, D), B, C (T, B, N), h (B, N, D) -> y (T, B, D) and the last h."""
         y, kept = torch.empty(x.shape, dtype=x.dtype, device=x.device), []
         for s in range(0, len(x), _Recurrence.CHUNK):
             c = slice(s, s + _Recurrence.CHUNK)
@@ -152,18 +149,12 @@ class _Recurrence(torch.autograd.Function):
             y[c] = (C[c].unsqueeze(-2) @ hs).squeeze(-2)
             h = hs[-1].clone()
         ctx.save_for_backward(x, dt, A, B, C, *kept)
-        return y.transpose(0, 1), h.transpose(1, 2)  # (B, T, D), (B, D, N)
+        return y, h
 
     @staticmethod
     def backward(ctx, dy, dh):
         x, dt, A, B, C, *kept = ctx.saved_tensors
-        dy, dh = dy.transpose(0, 1), dh.transpose(1, 2).contiguous()
-        dx, ddt, dA, dB, dC = (
-            torch.empty_like(x),
-            torch.empty_like(dt),
-            torch.zeros_like(A),
-            *map(torch.empty_like, (B, C)),
-        )
+        dA, (dx, ddt, dB, dC) = torch.zeros_like(A), (torch.empty_like(u) for u in (x, dt, B, C))
         for s in reversed(range(0, len(x), _Recurrence.CHUNK)):
             c, h = slice(s, s + _Recurrence.CHUNK), kept.pop()
             decay, hs = _Recurrence.states(x[c], dt[c], A, B[c], h)
@@ -172,8 +163,8 @@ class _Recurrence(torch.autograd.Function):
             for t in reversed(range(len(g) - 1)):
                 g[t].addcmul_(decay[t + 1], g[t + 1])
             dh = decay[0] * g[0]  # of the state before this chunk
-            dC[c] = (dy[c].unsqueeze(-2) @ hs.mT).squeeze(-2)
-            dB[c] = ((dt[c] * x[c]).unsqueeze(-2) @ g.mT).squeeze(-2)
+            dC[c] = (hs @ dy[c].unsqueeze(-1)).squeeze(-1)
+            dB[c] = (g @ (dt[c] * x[c]).unsqueeze(-1)).squeeze(-1)
             dxdt = (B[c].unsqueeze(-2) @ g).squeeze(-2)  # of the product dt_t x_t
             dx[c] = dxdt * dt[c]
             decay[0] *= h
@@ -181,25 +172,12 @@ class _Recurrence(torch.autograd.Function):
             decay *= g  # now the gradient of dt_t A, in place: g_t exp(dt_t A) h_{t-1}
             ddt[c] = torch.mul(decay, A, out=hs).sum(-2) + dxdt * x[c]
             dA += decay.mul_(dt[c].unsqueeze(-2)).sum((0, 1))
-        return (
-            *(u.transpose(0, 1) for u in (dx, ddt)),
-            dA.t(),
-            *(u.transpose(0, 1) for u in (dB, dC)),
-            dh.transpose(1, 2),
-        )
+        return dx, ddt, dA, dB, dC, dh
 
 
 @torch.compiler.disable  # a loop over tokens is not for tracing
 def selective_scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    state: Tensor | None = None,
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D=None, z=None, dt_bias=None, state=None
 ) -> tuple[Tensor, Tensor]:
     """Mamba's selective scan (Mamba, Algorithm 2, and Eq. 2 with the simplified discretisation of its B).
 
@@ -211,15 +189,12 @@ def selective_scan(
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
-        u, dt, A, B, C = (t.to(dtype) for t in (x, dt, A, B, C))
+        u, dt, B, C = (t.to(dtype).transpose(0, 1) for t in (x, dt, B, C))  # time first
         dt = F.softplus(dt if dt_bias is None else dt + dt_bias.to(dtype))
-        state = u.new_zeros(u.shape[0], *A.shape) if state is None else state.to(dtype)
-        y, state = _Recurrence.apply(u, dt, A, B, C, state)
-        if D is not None:
-            y = y + D.to(dtype) * u
-        if z is not None:
-            y = y * F.silu(z.to(dtype))
-        return y.to(x.dtype), state
+        h = torch.zeros(*x.shape[::2], A.shape[1], device=x.device) if state is None else state
+        y, h = _Recurrence.apply(u, dt, A.to(dtype).t().contiguous(), B, C, h.to(dtype).mT.contiguous())
+        y = y.transpose(0, 1) if D is None else (y + D * u).transpose(0, 1)
+        return (y if z is None else y * F.silu(z.to(dtype))).to(x.dtype), h.mT
 
 
 def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, n_meta: int) -> Tensor:
@@ -238,8 +213,8 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, n_me
     for i in range(0, T, step):
         first, end = S - T + i, min(S - T + i + step, S)  # positions of this piece's queries
         low = max(first - W + 1, 0)  # the first key in its window
-        keys = [*range(min(n_meta, low)), *range(low, end)]  # meta tokens left of the window, then the window
-        j, position = torch.tensor(keys, device=q.device), torch.arange(first, end, device=q.device)[:, None]
+        j = torch.cat([torch.arange(min(n_meta, low)), torch.arange(low, end)]).to(q.device)  # meta tokens, window
+        position = torch.arange(first, end, device=q.device)[:, None]
         mask = (j <= position) & ((position - j < W) | (j < n_meta))
         o = F.scaled_dot_product_attention(q[:, :, i : i + step], k[:, :, j], v[:, :, j], mask, enable_gqa=True)
         out.append(o)
@@ -317,7 +292,12 @@ class HybridHeads(nn.Module):
     def __init__(self, config: HymbaConfig, layer: int):
         super().__init__()
         letter, C, D = config.pattern[layer], config.n_embd, config.d_inner
-        self.layer, self.n_meta, self.fusion = layer, config.n_meta, config.fusion
+        self.layer, self.n_meta = layer, config.n_meta
+        self.fuse = {
+            "mean": lambda attn, ssm: (attn + ssm) / 2,
+            "diff": lambda attn, ssm: attn - ssm,
+            "concat": lambda attn, ssm: torch.cat([attn, ssm], dim=-1),
+        }[config.fusion]
         self.has_attn, self.has_ssm = letter != "M", letter in "MHh"
         self.window = config.window if letter in "th" else None
         self.owns_kv = config.kv_owner[layer] == layer
@@ -330,7 +310,7 @@ class HybridHeads(nn.Module):
         if self.has_ssm:
             N, R, eps = config.d_state, config.dt_rank, config.norm_eps
             sizes += [D, D]  # x, z
-            width = 2 * D if self.has_attn and self.fusion == "concat" else D
+            width = 2 * D if self.has_attn and config.fusion == "concat" else D
             self.conv_weight = nn.Parameter(torch.empty(D, config.d_conv))
             self.conv_bias = nn.Parameter(torch.zeros(D))
             self.x_proj = nn.Linear(D, R + 2 * N, bias=False)
@@ -379,17 +359,7 @@ class HybridHeads(nn.Module):
             y, kv = self.attend(parts, rope, kv, cache)  # (B, T, H F)
         if self.has_ssm:
             s = self.scan(*parts, cache)  # (B, T, D)
-            if not self.has_attn:
-                y = s
-            else:
-                y, s = self.attn_norm(y), self.ssm_norm(s)
-                y = (
-                    torch.cat([y, s], dim=-1)
-                    if self.fusion == "concat"
-                    else (y + s) / 2
-                    if self.fusion == "mean"
-                    else y - s
-                )
+            y = s if not self.has_attn else self.fuse(self.attn_norm(y), self.ssm_norm(s))
         return self.out_proj(y), kv
 
 
@@ -471,12 +441,9 @@ class Cache:
     def reserve(self, n_tokens: int) -> None:
         """Make room for n_tokens more in every row; buffers at least double, so that growing costs O(1) a token."""
         if (need := self.longest + n_tokens - self.n_meta) > self.capacity:
-            self.capacity = max(2 * self.capacity, need)
+            more, self.capacity = max(self.capacity, need - self.capacity), max(2 * self.capacity, need)
             for i in self.full:
-                self.kv[i] = tuple(
-                    torch.cat([u, u.new_zeros(u.shape[0], self.n_meta + self.capacity - u.shape[1], *u.shape[2:])], 1)
-                    for u in self.kv[i]
-                )
+                self.kv[i] = tuple(F.pad(u, (0, 0, 0, 0, 0, more)) for u in self.kv[i])  # along the slots
 
     def append(self, layer: int, window: int | None, k: Tensor, v: Tensor):
         """Store k, v (B, T, G, E or F) and return what this call's queries see: (B, S, G, E), (B, S, G, F).
@@ -486,10 +453,13 @@ class Cache:
         meta tokens and the window is gone, but that changes no distance inside the window.
         """
         T, M, p, pair = k.shape[1], self.n_meta, self.longest, self.kv[layer]
+
+        def slot(pos: Tensor) -> Tensor:
+            return pos if window is None else torch.where(pos < M, pos, M + (pos - M) % window)
+
         if T == 1:
-            slot = self.pos if window is None else torch.where(self.pos < M, self.pos, M + (self.pos - M) % window)
             for buffer, new in zip(pair, (k, v), strict=True):
-                buffer[torch.arange(len(slot), device=k.device), slot] = new[:, 0]
+                buffer[torch.arange(len(k), device=k.device), slot(self.pos)] = new[:, 0]
             return tuple(buffer[:, : p + 1] for buffer in pair)
         if self.ragged:
             raise ValueError("the rows of this cache differ in length: feed them one token a call, or apart")
@@ -497,23 +467,12 @@ class Cache:
             for buffer, new in zip(pair, (k, v), strict=True):
                 buffer[:, p : p + T] = new
             return tuple(buffer[:, : p + T] for buffer in pair)
-
-        def slots(*ranges: range) -> Tensor:
-            positions = [*ranges[0], *ranges[1]]
-            return torch.tensor(
-                [i if i < M else M + (i - M) % window for i in positions], dtype=torch.long, device=k.device
-            )
-
-        end, seen = p + T, []
-        old = slots(range(min(p, M)), range(max(p - window + 1, M), p))
-        kept = range(p, min(end, M)), range(max(p, M, end - window), end)
-        new_slots, new_index = (
-            slots(*kept),
-            torch.tensor([i - p for r in kept for i in r], dtype=torch.long, device=k.device),
-        )
+        old = torch.cat([torch.arange(min(p, M)), torch.arange(max(p - window + 1, M), max(p, M))])
+        n = T if p < M else min(T, window)  # what the ring keeps of this call
+        last, seen = torch.arange(p + T - n, p + T), []
         for buffer, new in zip(pair, (k, v), strict=True):
-            seen.append(torch.cat([buffer[:, old], new], dim=1))
-            buffer[:, new_slots] = new[:, new_index]
+            seen.append(torch.cat([buffer[:, slot(old).to(k.device)], new], dim=1))
+            buffer[:, slot(last).to(k.device)] = new[:, T - n :]
         return tuple(seen)
 
 
@@ -591,9 +550,7 @@ class Hymba(nn.Module):
             x = torch.cat([self.meta.expand(len(x), -1, -1), x], dim=1)  # (B, M + T, C)
         return self.norm(self.run(x, None)[:, self.config.n_meta :])
 
-    def forward(
-        self, idx: Tensor, targets: Tensor | None = None, cache: Cache | None = None
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def forward(self, idx: Tensor, targets: Tensor | None = None, cache: Cache | None = None):
         """Logits or loss of tokens idx (B, T).
 
         Without targets: (logits (B, T, V), None). With targets (B, T), -1 where there is nothing to predict:
@@ -617,10 +574,9 @@ class Hymba(nn.Module):
 
         The meta tokens run once per model, not per cache; changed weights are noticed and run them again.
         """
-        weight = self.embed.weight
-        device = weight.device
-        auto = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if auto else weight.dtype
+        device, dtype = self.embed.weight.device, self.embed.weight.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
         cache = Cache(self.config, batch_size, n_tokens, dtype, device)
         if self.meta is not None:
             stamp = [(dtype, p.data_ptr(), p._version) for p in self.parameters()]
@@ -708,11 +664,10 @@ class Hymba(nn.Module):
     def flops_per_token(self, n_tokens: int | None = None, training: bool = True) -> float:
         """Floating-point operations per text token, a multiply-add counted as two.
 
-        Forward: 2 for each weight of a matrix (the embedding counts once, as the output layer); 2 H (E + F) for each
-        key that attention sees; 7 D N for the scan (dt A, exp, decay h, dt x B, their sum, and C . h with its sum)
-        and 2 K D for the convolution. Training: three times the forward pass (the backward pass is two), averaged
-        over a sequence of n_tokens (block_size if None), the meta tokens' work included. Inference
-        (training=False): the forward pass of one token that follows n_tokens others.
+        Forward: 2 for each weight of a matrix (the embedding counts as the output layer), 2 H (E + F) for each key
+        that attention sees, 7 D N for the scan (dt A, exp, decay h, dt x B, +, and C . h), 2 K D for the convolution.
+        Training: three times the forward pass (backward is two), averaged over n_tokens (block_size if None), the
+        meta tokens' work included. Inference (training=False): one token's forward pass after n_tokens others.
         """
         c, T = self.config, self.config.block_size if n_tokens is None else n_tokens
         weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
@@ -741,8 +696,6 @@ class Hymba(nn.Module):
 
     def save_pretrained(self, folder: str | Path, **extra) -> None:
         """Write model.safetensors and config.json ({"model": the configuration, **extra}) into folder."""
-        from safetensors.torch import save_file
-
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: p.contiguous() for name, p in self.state_dict().items()}, folder / "model.safetensors")
@@ -754,33 +707,21 @@ class Hymba(nn.Module):
 
         Raises FileNotFoundError without the two files, ValueError naming each missing, unexpected or misshapen tensor.
         """
-        from safetensors.torch import load_file
-
         folder = Path(folder)
-        for name in ("config.json", "model.safetensors"):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder / name} is missing: {folder} is not a checkpoint")
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{folder} is not a checkpoint: it has no config.json")
         config = json.loads((folder / "config.json").read_text())
         with torch.device("meta"):
             model = cls(HymbaConfig(**config["model"]))
-        tensors, wanted = load_file(folder / "model.safetensors"), model.state_dict()
-        problems = [f"{name} is missing" for name in wanted.keys() - tensors.keys()]
-        problems += [f"{name} is unexpected" for name in tensors.keys() - wanted.keys()]
-        for name in wanted.keys() & tensors.keys():
-            if wanted[name].shape != tensors[name].shape:
-                problems.append(f"{name} is {tuple(tensors[name].shape)}, not {tuple(wanted[name].shape)}")
-        if problems:
-            raise ValueError(f"{folder / 'model.safetensors'} does not fit its config: {'; '.join(sorted(problems))}")
-        model.load_state_dict(tensors, assign=True)
+        try:
+            model.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
+        except RuntimeError as e:
+            raise ValueError(f"the tensors in {folder} do not fit its config: {' '.join(str(e).split())}") from None
         return model.requires_grad_()
 
 
 def sample_token(
-    logits: Tensor,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    generators: list[torch.Generator],
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generators: list[torch.Generator]
 ) -> Tensor:
     """Draw one token a row from logits (B, V), row i with generators[i] -> (B,)."""
     if temperature == 0:

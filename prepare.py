@@ -143,17 +143,13 @@ def find_files(sources: list[str], site_packages: bool, data_dir: Path) -> tuple
         if source == "python":
             folders, suffix = [sysconfig.get_path("stdlib")], ".py"
             if site_packages:
-                folders += [
-                    *sys.path,
-                    *site.getsitepackages(),
-                    site.getusersitepackages(),
-                    sysconfig.get_path("purelib"),
-                ]
+                here = {Path(__file__).resolve().parent, Path.cwd()}  # on sys.path as well, but not installed
+                folders += [folder for folder in sys.path if Path(folder).resolve() not in here]
+                folders += [*site.getsitepackages(), site.getusersitepackages(), sysconfig.get_path("purelib")]
+                folders = {Path(folder).resolve() for folder in folders}
+                folders = sorted(folder for folder in folders if not folders & set(folder.parents))  # no nested ones
             else:
                 excluded = {"site-packages", "dist-packages"}
-            # sys.path also has this script's folder, which is not an installed package, and folders inside each other.
-            folders = {Path(folder).resolve() for folder in folders} - {Path(__file__).resolve().parent, Path.cwd()}
-            folders = sorted(folder for folder in folders if not folders & set(folder.parents))
         elif Path(source).is_file():
             files.append((Path(source), True))
             continue
@@ -315,6 +311,7 @@ def prepare(
             )
 
     temporary, replaced = data_dir / f"{name}.tmp-{os.getpid()}", data_dir / f"{name}.old-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)  # containers give every run the same id, a crashed one's too
     temporary.mkdir(parents=True)
     try:
         if download:
@@ -437,11 +434,8 @@ def prepare(
             shutil.rmtree(leftover, ignore_errors=True)
 
     for split in ("train", "val"):
-        print(
-            f"{folder / split}.bin: {{documents:,}} documents, {{bytes:,}} bytes, {{tokens:,}} tokens".format(
-                **meta[split]
-            )
-        )
+        n = meta[split]
+        print(f"{folder / split}.bin: {n['documents']:,} documents, {n['bytes']:,} bytes, {n['tokens']:,} tokens")
     print(f"left out: {n_duplicates:,} duplicates, {n_skipped:,} files that are not UTF-8, {n_hidden:,} hidden ones")
     return folder
 

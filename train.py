@@ -308,8 +308,9 @@ def main(argv: list[str]) -> None:
         kept = metrics.read_text().splitlines() if cfg.resume and metrics.exists() else []
         kept = [line for line in kept if json.loads(line)["step"] <= start]
         metrics.write_text("".join(line + "\n" for line in kept))
-        print(f"{config.pattern}: {model.num_params():,} parameters, {model.flops_per_token() / 1e6:,.0f} MFLOP a token,"
-              f" {len(train_data):,} training tokens, on {device}{f' x {world}' if world > 1 else ''}")  # fmt: skip
+        size = f"{model.num_params():,} parameters, {model.flops_per_token() / 1e6:,.0f} MFLOP a token"
+        where = f"{device} x {world}" if world > 1 else f"{device}"
+        print(f"{config.pattern}: {size}, {len(train_data):,} training tokens, on {where}", flush=True)
 
     step_model = torch.compile(model) if cfg.compile and device.type == "cuda" else model
     if world > 1:
