@@ -1,8 +1,9 @@
 """
 Speed and memory, ours beside the peers that are installed: python bench.py scan [--json=FILE]
 
-    scan        the selective scan on this CPU, forward and backward, beside mambapy's parallel scan
-                (pip install mambapy); each in a process of its own, so that peak memory is its own, too
+    scan        the selective scan on this CPU, forward and backward, beside mambapy's parallel scan (pip install
+                mambapy) and, with --loop, the loop over tokens that small reimplementations leave to autograd;
+                each in a process of its own, so that peak memory is its own, too
 """
 
 import argparse
@@ -39,7 +40,16 @@ def scan_worker(which: str, repeats: int) -> dict:
         decay, u = torch.exp(dt.unsqueeze(-1) * A), (dt * x).unsqueeze(-1) * B.unsqueeze(2)
         return (pscan(decay, u) @ C.unsqueeze(-1)).squeeze(-1)
 
-    f = {"ours": ours, "mambapy": mambapy}[which]
+    def loop(x, dt, A, B, C):
+        h, ys = x.new_zeros(len(x), *A.shape), []
+        dt = torch.nn.functional.softplus(dt)
+        decay, u = torch.exp(dt.unsqueeze(-1) * A), (dt * x).unsqueeze(-1) * B.unsqueeze(2)
+        for t in range(x.shape[1]):
+            h = decay[:, t] * h + u[:, t]
+            ys.append((h @ C[:, t].unsqueeze(-1)).squeeze(-1))
+        return torch.stack(ys, 1)
+
+    f = {"ours": ours, "mambapy": mambapy, "loop": loop}[which]
     f(*(u[:, :2] if u.dim() == 3 else u for u in inputs))  # imports and thread pools
     scale = 1024 if sys.platform != "darwin" else 1024**2  # ru_maxrss is in KiB, on a Mac in bytes
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
@@ -63,16 +73,18 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("bench.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("what", choices=["scan"])
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--loop", action="store_true", help="scan: time the loop, too (minutes)")
     parser.add_argument("--json", metavar="FILE", help="write the results there, too")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.worker:
         print(json.dumps(scan_worker(args.worker, args.repeats)))
         return
-    names = ["ours"] + ["mambapy"] * bool(importlib.util.find_spec("mambapy"))
+    names = ["ours"] + ["mambapy"] * bool(importlib.util.find_spec("mambapy")) + ["loop"] * args.loop
     rows = []
     for name in names:
-        command = [sys.executable, __file__, "scan", f"--repeats={args.repeats}", f"--worker={name}"]
+        repeats = 1 if name == "loop" else args.repeats
+        command = [sys.executable, __file__, "scan", f"--repeats={repeats}", f"--worker={name}"]
         rows.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
     print(f"selective scan, (B, T, D, N) = {SHAPE}, float32, {rows[0]['threads']} threads, median of {args.repeats}")
     print(f"{'':10}{'forward s':>12}{'fwd+bwd s':>12}{'spread s':>10}{'ratio':>8}{'peak MB':>10}")

@@ -292,9 +292,10 @@ def main(argv: list[str]) -> None:
     out.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(cfg.seed)
-    torch.set_float32_matmul_precision("high")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
     model = Hymba(config).to(device)
-    need = 28 * model.num_params()  # last (weights and two moments) twice while it is replaced, best once
+    need = 32 * model.num_params()  # last (weights and two moments) and best, each twice while it is replaced
     if (free := shutil.disk_usage(out).free) < need:
         raise ValueError(f"{out} has {free / 1e6:.0f} MB free, but checkpoints need {need / 1e6:.0f} MB")
     optimizer = optimizer_for(model, cfg)
@@ -327,7 +328,7 @@ def main(argv: list[str]) -> None:
         """Validation loss in nats per token and in bits per byte, over evenly spaced windows."""
         T = config.block_size
         starts = np.linspace(0, len(val_data) - T - 1, cfg.eval_windows).astype(int)[rank::world]
-        total = torch.zeros(2, dtype=torch.float64, device=device)
+        total = torch.zeros(2, device=device)
         for i in range(0, len(starts), cfg.batch_size):
             windows = np.stack([val_data[s : s + T + 1] for s in starts[i : i + cfg.batch_size]]).astype(np.int64)
             total += torch.tensor([loss_of(windows).item() * len(windows), len(windows)], device=device)
