@@ -1,55 +1,292 @@
 """
-Speed and memory, ours beside the peers that are installed: python bench.py scan [--json=FILE]
+Speed and memory, ours beside the peers that are installed: python bench.py scan|attention|train [--json=FILE]
 
-    scan        the selective scan on this CPU, forward and backward, beside mambapy's parallel scan (pip install
-                mambapy) and, with --loop, the loop over tokens that small reimplementations leave to autograd;
-                each in a process of its own, so that peak memory is its own, too
+    scan        the selective scan, forward and backward. On a GPU: ours, mamba-ssm, and the floor. On a CPU: ours and
+                mambapy, each in a process of its own for its peak memory; --loop adds the loop over tokens that small
+                reimplementations leave to autograd
+    attention   attention in a window of 1,024 tokens plus 128 meta tokens: ours, FlexAttention, and as the released
+                code has it (two FlexAttention calls on halves of the values, keys and values repeated); and full
+                causal attention beside PyTorch's own (SDPA)
+    train       training steps of config/*_125m.py (bfloat16, torch.compile, fused AdamW, vocabulary 50,304): Hymba, the
+                same with mamba-ssm's scan and FlexAttention in place of our kernels, Llama and the other baselines
+    plot FILE...  pictures of the results that --json wrote: bench_scan.png, bench_attention.png
+
+Floors are what the hardware cannot beat: for the scan one exponential for each token, channel and state on the special
+function units, and reading and writing each input and output once at copy bandwidth, whichever is slower; for
+attention 2 (E + F) operations for each pair that the mask lets through (5/2 of that backward), at 990 TFLOP/s.
 """
 
 import argparse
 import importlib.util
 import json
+import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
-SHAPE = (8, 512, 512, 16)  # B, T, D, N
+import torch
+import torch.nn.functional as F
+
+import model as reference
+
+SCAN_CPU = (8, 512, 512, 16)  # B, T, D, N
+SCAN_GPU = [(8, 2176, 3200, 16), (32, 2176, 1024, 16), (2, 8320, 3200, 16), (1, 65536, 3200, 16)]
+ATTENTION = [(8, 2176, 25, 5), (2, 8320, 25, 5), (32, 2176, 8, 4)]  # B, T, H, G with E = 64, F = 128
+COPY, PEAK = 3.0e12, 990e12  # B/s and bf16 FLOP/s of an H100
 
 
-def scan_worker(which: str, repeats: int) -> dict:
+def timed(f, repeats: int) -> tuple[float, float]:
+    """Median and spread (90th minus 10th percentile) of the milliseconds that f takes on the GPU."""
+    for _ in range(3):
+        f()
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    cold = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    for start, end in events:
+        cold.zero_()  # what the last run left in the L2 cache is gone, as in a model
+        start.record()
+        f()
+        end.record()
+    torch.cuda.synchronize()
+    ms = sorted(start.elapsed_time(end) for start, end in events)
+    return statistics.median(ms), ms[int(0.9 * repeats)] - ms[int(0.1 * repeats)]
+
+
+def forward_and_backward(f, inputs: list[torch.Tensor], repeats: int) -> dict:
+    """Times of f(*inputs) alone and of its backward pass, in ms, and the peak memory of both, in MB."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = f(*inputs)
+    grad = torch.randn_like(out)
+    torch.autograd.grad(out, inputs, grad)
+    peak = (torch.cuda.max_memory_allocated() - before) / 1e6
+    with torch.no_grad():
+        fwd, fwd_spread = timed(lambda: f(*inputs), repeats)
+    out = f(*inputs)
+    bwd, bwd_spread = timed(lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True), repeats)
+    return dict(fwd=fwd, fwd_spread=fwd_spread, bwd=bwd, bwd_spread=bwd_spread, peak_mb=peak)
+
+
+def table(rows: list[dict]) -> None:
+    """Print rows, one list of columns for all."""
+    columns = list(dict.fromkeys(k for row in rows for k in row))
+    text = [[f"{v:.3g}" if isinstance(v := row.get(c, ""), float) else str(v) for c in columns] for row in rows]
+    widths = [max(len(c), *(len(line[i]) for line in text)) + 2 for i, c in enumerate(columns)]
+    for line in [columns, *text]:
+        print("".join(f"{cell:>{w}}" for cell, w in zip(line, widths, strict=True)))
+
+
+def attempt(name: str, f, *args) -> dict | None:
+    """f(*args), or None with a line that says why not: a peer that fails must not take the others' results with it."""
+    try:
+        return f(*args)
+    except Exception as e:  # whatever a peer raises
+        print(f"{name}: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}", file=sys.stderr)
+        return None
+
+
+def mamba_ssm_scan(x, dt, A, B, C, D, z, dt_bias):
+    """mamba-ssm's scan on our layout: it wants channels before tokens."""
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    t = (u.transpose(1, 2) for u in (x, dt))
+    y = selective_scan_fn(*t, A, B.mT.contiguous(), C.mT.contiguous(), D, z.transpose(1, 2), dt_bias, True)
+    return y.transpose(1, 2)
+
+
+def scan_gpu(repeats: int) -> list[dict]:
+    import kernels
+
+    rows = []
+    for B, T, D, N in SCAN_GPU:
+        torch.manual_seed(0)
+        new = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16)  # noqa: E731
+        A = -torch.arange(1.0, N + 1, device="cuda").repeat(D, 1)
+        bias = torch.empty(D, device="cuda").uniform_(-6.9, -2.25)  # steps of 1e-3 to 1e-1
+        rest = [A, new(B, T, N), new(B, T, N), torch.ones(D, device="cuda")]
+        ours = [new(B, T, D), 0.3 * new(B, T, D), *rest, new(B, T, D), bias]
+        swap = lambda u: u.mT.contiguous().mT if u.dim() == 3 and u.shape[2] == D else u  # noqa: B023, E731
+        theirs = [swap(u) for u in ours]  # in memory as mamba-ssm wants them, so that no copy is counted
+        exp, hbm = B * T * D * N / (132 * 16 * 1.755e9) * 1e3, 4 * B * T * D * 2 / COPY * 1e3
+        peers = {"ours": (lambda *u: kernels.selective_scan(*u)[0], ours)}
+        if importlib.util.find_spec("mamba_ssm"):
+            peers["mamba-ssm"] = (mamba_ssm_scan, theirs)
+        for name, (f, inputs) in peers.items():
+            inputs = [u.detach().requires_grad_() for u in inputs]
+            if r := attempt(name, forward_and_backward, f, inputs, repeats):
+                gbs = 8 * B * T * D / r["fwd"] / 1e6
+                rows.append(dict(shape=str((B, T, D, N)), name=name, **r, exp_floor=exp, hbm_floor=hbm, fwd_GBps=gbs))
+    ratios(rows)
+    return rows
+
+
+def ratios(rows: list[dict]) -> None:
+    """Add to each row how much longer it takes than ours of the same shape, and print geometric means."""
+    ours = {(r["shape"], r.get("mask")): r for r in rows if r["name"] == "ours"}
+    means: dict[str, list] = {}
+    for r in rows:
+        mine = ours.get((r["shape"], r.get("mask")))
+        if mine and r is not mine:
+            r["fwd_ratio"], r["bwd_ratio"] = r["fwd"] / mine["fwd"], r["bwd"] / mine["bwd"]
+            r["both_ratio"] = (r["fwd"] + r["bwd"]) / (mine["fwd"] + mine["bwd"])
+            means.setdefault(r["name"], []).append((r["fwd_ratio"], r["bwd_ratio"], r["both_ratio"]))
+    for name, values in means.items():
+        fwd, bwd, both = (statistics.geometric_mean(column) for column in zip(*values, strict=True))
+        print(
+            f"{name}: slower than ours {fwd:.2f}x forward, {bwd:.2f}x backward, {both:.2f}x together (geometric mean)"
+        )
+
+
+def flex(window: int, n_meta: int, T: int, halves: bool = False, inside: bool = False):
+    """FlexAttention with Hymba's mask over T tokens. halves: as the released code calls it. inside: within torch.compile."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def seen(b, h, i, j):
+        return (j <= i) & ((i - j < window) | (j < n_meta))
+
+    attend = flex_attention if inside else torch.compile(flex_attention, dynamic=False)
+    mask = create_block_mask(seen, None, None, T, T, device="cuda")
+
+    def f(q, k, v):
+        repeat = q.shape[2] // k.shape[2]
+        q, k, v = (u.transpose(1, 2) for u in (q, k, v))
+        if not halves:
+            return attend(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
+        k, v = (u.repeat_interleave(repeat, dim=1) for u in (k, v))
+        return torch.cat([attend(q, k, half, block_mask=mask) for half in v.chunk(2, dim=-1)], dim=-1).transpose(1, 2)
+
+    return f
+
+
+def attention_gpu(repeats: int) -> list[dict]:
+    import kernels
+
+    def sdpa(q, k, v):
+        q, k, v = (u.transpose(1, 2) for u in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+    def sdpa_repeated(q, k, v):  # grouped queries rule some of its backends out
+        k, v = (u.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for u in (k, v))
+        return sdpa(q, k, v)
+
+    rows = []
+    for window, n_meta, value_size in [(1024, 128, 128), (None, 0, 128), (None, 0, 64)]:
+        mask = f"window {window} + {n_meta}" if window else f"causal, F = {value_size}"
+        peers = {"ours": lambda q, k, v: kernels.windowed_attention(q, k, v, window, n_meta)}  # noqa: B023
+        if window:
+            peers |= {"flex": None, "flex halves": None}
+        else:
+            peers |= {"sdpa": sdpa, "sdpa repeated": sdpa_repeated}
+        for B, T, H, G in ATTENTION:
+            torch.manual_seed(0)
+            sizes = [(H, 64), (G, 64), (G, value_size)]
+            inputs = [torch.randn(B, T, *s, device="cuda", dtype=torch.bfloat16).requires_grad_() for s in sizes]
+            p = torch.arange(1, T + 1, dtype=torch.float64)
+            pairs = p if not window else p.clamp(max=window) + (p - window).clamp(0, n_meta)
+            flops = 2 * B * H * (64 + value_size) * pairs.sum().item()
+            for name, f in peers.items():
+                f = f or flex(window, n_meta, T, halves=name.endswith("halves"))
+                if r := attempt(name, forward_and_backward, f, inputs, repeats):
+                    tflops = dict(fwd_tflops=flops / r["fwd"] / 1e9, bwd_tflops=2.5 * flops / r["bwd"] / 1e9)
+                    rows.append(
+                        dict(shape=str((B, T, H, G)), mask=mask, name=name, **r, floor=flops / PEAK * 1e3, **tflops)
+                    )
+    ratios(rows)
+    return rows
+
+
+def train_worker(config: str, peer: bool, B: int, T: int, compiled: bool = True, steps: int = 12) -> dict:
+    """Tokens/s of forward, backward and step in this process; its top ten kernels go to stderr."""
+    import train
+
+    _, args = train.parse([str(Path(__file__).parent / f"config/{config}.py")])
+    if peer:
+        scan = torch.compiler.disable(mamba_ssm_scan)
+        windowed, full = (flex(w, 128, T + 128, inside=True) for w in (1024, 10**9))
+        reference.kernels.selective_scan = lambda *u: (scan(*u[:8]), None)
+        reference.kernels.windowed_attention = lambda q, k, v, window, n_meta: (windowed if window else full)(q, k, v)
+        reference.kernels.causal_conv = reference.causal_conv  # fused by torch.compile
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")
+    model = reference.Hymba(reference.HymbaConfig(**(args | {"vocab_size": 50304, "block_size": T}))).cuda()
+    optimizer = train.optimizer_for(model, train.TrainConfig())
+    step_model = torch.compile(model) if compiled else model
+    idx = torch.randint(0, 50304, (B, T + 1), device="cuda")
+
+    def step():
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = step_model(idx[:, :-1], idx[:, 1:])[1]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    start = time.perf_counter()
+    for _ in range(3):
+        step()
+    torch.cuda.synchronize()
+    compile_s = time.perf_counter() - start
+    torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        loss = step()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    speed = B * T / statistics.median(times)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    top = profile.key_averages().table(sort_by="self_device_time_total", row_limit=10, max_name_column_width=60)
+    print(top, file=sys.stderr)
+    return dict(
+        shape=f"{B} x {T}", name=config + (" with peers" if peer else ""), tokens_per_s=round(speed),
+        mfu=model.estimate_mfu(speed), peak_gib=torch.cuda.max_memory_allocated() / 2**30, loss=loss.item(),
+        spread=max(times) / min(times) - 1, first_steps_s=compile_s,
+    )  # fmt: skip
+
+
+def train_gpu(configs: list[str], shapes: list[str]) -> list[dict]:
+    rows = []
+    for shape in shapes:
+        for name in configs:
+            worker = [sys.executable, __file__, "train", f"--worker={name}", f"--shapes={shape}"]
+            done = subprocess.run(worker, capture_output=True, text=True)
+            if done.returncode:
+                print(f"{name}, {shape}: failed: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+                continue
+            rows.append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"--- {name}, {shape}: where one step's time goes\n{done.stderr}", file=sys.stderr)
+    return rows
+
+
+def scan_cpu_worker(which: str, repeats: int) -> dict:
     """Time `repeats` forward and backward passes in float32; peak memory is what this process grew by, in MB."""
     import resource
 
-    import torch
-
-    from model import selective_scan
-
-    B, T, D, N = SHAPE
+    B, T, D, N = SCAN_CPU
     torch.manual_seed(0)
     x, dt = torch.randn(B, T, D), torch.rand(B, T, D) * 0.1
     A, Bs, Cs = -torch.arange(1.0, N + 1).repeat(D, 1), torch.randn(B, T, N), torch.randn(B, T, N)
     inputs = [u.requires_grad_() for u in (x, dt, A, Bs, Cs)]
 
-    def ours(x, dt, A, B, C):
-        return selective_scan(x, dt, A, B, C)[0]
+    def terms(x, dt, A, B):  # decay and input of every state, as both peers hold them
+        dt = F.softplus(dt)
+        return torch.exp(dt.unsqueeze(-1) * A), (dt * x).unsqueeze(-1) * B.unsqueeze(2)
 
-    def mambapy(x, dt, A, B, C):  # its own composition, with softplus as in ours
+    def mambapy(x, dt, A, B, C):
         from mambapy.pscan import pscan
 
-        dt = torch.nn.functional.softplus(dt)
-        decay, u = torch.exp(dt.unsqueeze(-1) * A), (dt * x).unsqueeze(-1) * B.unsqueeze(2)
-        return (pscan(decay, u) @ C.unsqueeze(-1)).squeeze(-1)
+        return (pscan(*terms(x, dt, A, B)) @ C.unsqueeze(-1)).squeeze(-1)
 
     def loop(x, dt, A, B, C):
-        h, ys = x.new_zeros(len(x), *A.shape), []
-        dt = torch.nn.functional.softplus(dt)
-        decay, u = torch.exp(dt.unsqueeze(-1) * A), (dt * x).unsqueeze(-1) * B.unsqueeze(2)
+        (decay, u), h, ys = terms(x, dt, A, B), x.new_zeros(len(x), *A.shape), []
         for t in range(x.shape[1]):
             h = decay[:, t] * h + u[:, t]
             ys.append((h @ C[:, t].unsqueeze(-1)).squeeze(-1))
         return torch.stack(ys, 1)
 
-    f = {"ours": ours, "mambapy": mambapy, "loop": loop}[which]
+    f = {"ours": lambda *u: reference.selective_scan(*u)[0], "mambapy": mambapy, "loop": loop}[which]
     f(*(u[:, :2] if u.dim() == 3 else u for u in inputs))  # imports and thread pools
     scale = 1024 if sys.platform != "darwin" else 1024**2  # ru_maxrss is in KiB, on a Mac in bytes
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
@@ -59,46 +296,102 @@ def scan_worker(which: str, repeats: int) -> dict:
         y = f(*inputs)
         middle = time.perf_counter()
         y.sum().backward()
-        times.append((middle - start, time.perf_counter() - middle))
+        times.append(((middle - start) * 1e3, (time.perf_counter() - middle) * 1e3))
         for u in inputs:
             u.grad = None
-    total = sorted(a + b for a, b in times)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale - before
-    forward = sorted(a for a, _ in times)[repeats // 2]
-    return {"name": which, "forward_s": forward, "total_s": total[repeats // 2],
-            "spread_s": total[-1] - total[0], "peak_mb": peak, "threads": torch.get_num_threads()}  # fmt: skip
+    row = dict(shape=str(SCAN_CPU), name=which)
+    for key, column in zip(("fwd", "bwd"), zip(*times, strict=True), strict=True):
+        row |= {key: statistics.median(column), f"{key}_spread": max(column) - min(column)}
+    return row | dict(peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale - before)
+
+
+def scan_cpu(repeats: int, loop: bool) -> list[dict]:
+    names = ["ours"] + ["mambapy"] * bool(importlib.util.find_spec("mambapy")) + ["loop"] * loop
+    rows = []
+    for name in names:
+        worker = [sys.executable, __file__, "scan", f"--worker={name}", f"--repeats={1 if name == 'loop' else repeats}"]
+        rows.append(json.loads(subprocess.run(worker, check=True, capture_output=True, text=True).stdout))
+    ratios(rows)
+    if "mambapy" not in names:
+        print("pip install mambapy to see it beside ours")
+    return rows
+
+
+def plot(files: list[str]) -> None:
+    """Time against tokens, log-log: ours and peers as lines, floors dashed."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise ValueError("plot needs matplotlib: pip install matplotlib") from None
+    for file in files:
+        result = json.loads(Path(file).read_text())
+        rows = [r for r in result["rows"] if "fwd" in r]
+        if not rows:
+            raise ValueError(f"{file} has no forward times to plot: use results of bench.py scan or attention")
+        fig, axes = plt.subplots(1, 2, figsize=(10, 4))
+        for ax, key in zip(axes, ("fwd", "bwd"), strict=True):
+            for name in dict.fromkeys(r["name"] for r in rows):
+                points = sorted((eval_shape(r["shape"]), r[key]) for r in rows if r["name"] == name)
+                ax.plot(*zip(*points, strict=True), "o-", label=name)
+            floors = {eval_shape(r["shape"]): r.get("exp_floor", r.get("floor")) for r in rows}
+            if key == "fwd" and None not in floors.values():
+                ax.plot(*zip(*sorted(floors.items()), strict=True), "k--", label="floor")
+            ax.set(xscale="log", yscale="log", xlabel="batch x tokens x channels or heads", ylabel=f"{key}, ms")
+            ax.legend()
+        fig.suptitle(f"{result['what']}, {result['device']}")
+        fig.tight_layout()
+        fig.savefig(f"bench_{result['what']}.png", dpi=120)
+        print(f"wrote bench_{result['what']}.png")
+
+
+def eval_shape(shape: str) -> int:
+    """The first three numbers of "(B, T, D, N)", multiplied."""
+    B, T, D = (int(n) for n in shape.strip("()").split(",")[:3])
+    return B * T * D
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("bench.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=["scan"])
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--loop", action="store_true", help="scan: time the loop, too (minutes)")
+    parser.add_argument("what", choices=["scan", "attention", "train", "plot"])
+    parser.add_argument("files", nargs="*", help="plot: what --json wrote")
+    parser.add_argument("--repeats", type=int, help="timed runs [CPU: 7, GPU: 30]")
+    parser.add_argument("--loop", action="store_true", help="scan on a CPU: time the loop, too (minutes)")
+    parser.add_argument("--configs", default="hymba_125m,hymba_125m:peers,llama_125m", help="train: which models")
+    parser.add_argument("--shapes", default="16x2048,4x8192", help="train: batch x tokens")
     parser.add_argument("--json", metavar="FILE", help="write the results there, too")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.worker:
-        print(json.dumps(scan_worker(args.worker, args.repeats)))
+    gpu = torch.cuda.is_available()
+    if args.what == "plot":
+        plot(args.files)
         return
-    names = ["ours"] + ["mambapy"] * bool(importlib.util.find_spec("mambapy")) + ["loop"] * args.loop
-    rows = []
-    for name in names:
-        repeats = 1 if name == "loop" else args.repeats
-        command = [sys.executable, __file__, "scan", f"--repeats={repeats}", f"--worker={name}"]
-        rows.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-    print(f"selective scan, (B, T, D, N) = {SHAPE}, float32, {rows[0]['threads']} threads, median of {args.repeats}")
-    print(f"{'':10}{'forward s':>12}{'fwd+bwd s':>12}{'spread s':>10}{'ratio':>8}{'peak MB':>10}")
-    for r in rows:
-        ratio = r["total_s"] / rows[0]["total_s"]
-        print(
-            f"{r['name']:10}{r['forward_s']:12.3f}{r['total_s']:12.3f}{r['spread_s']:10.3f}{ratio:8.2f}{r['peak_mb']:10.0f}"
+    if args.worker and args.what == "scan":
+        print(json.dumps(scan_cpu_worker(args.worker, args.repeats)))
+        return
+    if args.worker:
+        config, _, peers = args.worker.partition(":")
+        print(json.dumps(train_worker(config, bool(peers), *map(int, args.shapes.split("x")))))
+        return
+    if not gpu and args.what != "scan":
+        raise ValueError(
+            f"bench.py {args.what} measures GPU kernels, and there is no GPU here; bench.py scan runs on a CPU"
         )
-    if len(rows) == 1:
-        print("pip install mambapy to see it beside ours")
+    device = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{args.what} on {device}, torch {torch.__version__}; times in ms")
+    if args.what == "scan":
+        rows = scan_gpu(args.repeats or 30) if gpu else scan_cpu(args.repeats or 7, args.loop)
+    elif args.what == "attention":
+        rows = attention_gpu(args.repeats or 30)
+    else:
+        rows = train_gpu(args.configs.split(","), args.shapes.split(","))
+    table(rows)
     if args.json:
-        with open(args.json, "w") as f:
-            json.dump(rows, f, indent=2)
+        result = {"what": args.what, "device": device, "torch": torch.__version__, "rows": rows}
+        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except ValueError as e:
+        sys.exit(f"bench.py: {e}")

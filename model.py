@@ -34,6 +34,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+try:
+    import kernels  # the same operations as Triton kernels, for GPUs; optional
+except ImportError:
+    kernels = None
+
 
 @dataclass
 class HymbaConfig:
@@ -62,6 +67,7 @@ class HymbaConfig:
     rope_base: float = 10000.0
     rope_orig: int = 0  # first training length; once block_size exceeds it, RoPE's base is stretched (NTK). 0: never
     norm_eps: float = 1e-6
+    kernels: bool = True  # use kernels.py where there are a GPU and Triton
 
     def __post_init__(self):
         n = self.n_layer or len(self.pattern) or 24
@@ -292,7 +298,7 @@ class HybridHeads(nn.Module):
     def __init__(self, config: HymbaConfig, layer: int):
         super().__init__()
         letter, C, D = config.pattern[layer], config.n_embd, config.d_inner
-        self.layer, self.n_meta = layer, config.n_meta
+        self.layer, self.n_meta, self.kernels = layer, config.n_meta, config.kernels
         self.fuse = {
             "mean": lambda attn, ssm: (attn + ssm) / 2,
             "diff": lambda attn, ssm: attn - ssm,
@@ -327,6 +333,10 @@ class HybridHeads(nn.Module):
         self.in_proj = nn.Linear(C, sum(sizes), bias=False)
         self.out_proj = nn.Linear(width, C, bias=False)
 
+    def fast(self, x: Tensor) -> bool:
+        """Whether to use kernels.py."""
+        return self.kernels and kernels is not None and kernels.usable(x)
+
     def attend(self, parts, rope, kv, cache):
         """Attention heads: parts q (B, T, H E), and k, v where this block owns them -> (B, T, H F) and its k, v."""
         B, T, _ = parts[0].shape
@@ -337,16 +347,20 @@ class HybridHeads(nn.Module):
             kv = (k, v) if cache is None else cache.append(self.layer, self.window, k, v)
         if cache is not None and T == 1:
             return decode_attention(q, *kv, cache.pos).flatten(2), kv
-        return windowed_attention(q, *kv, self.window, self.n_meta).flatten(2), kv
+        attention = kernels.windowed_attention if self.fast(q) else windowed_attention
+        return attention(q, *kv, self.window, self.n_meta).flatten(2), kv
 
     def scan(self, x, z, cache):
         """SSM heads (Mamba, Fig. 3 and Algorithm 2): x and gate z (B, T, D) -> (B, T, D)."""
         tail, state = (None, None) if cache is None else cache.ssm[self.layer]
-        x, next_tail = causal_conv(x, self.conv_weight, self.conv_bias, tail)
+        conv, scan = (
+            (causal_conv, selective_scan) if not self.fast(x) else (kernels.causal_conv, kernels.selective_scan)
+        )
+        x, next_tail = conv(x, self.conv_weight, self.conv_bias, tail)
         dt, B, C = self.x_proj(x).split(self.x_sizes, dim=-1)  # (B, T, R), (B, T, N), (B, T, N)
         dt = self.dt_proj(self.dt_norm(dt))  # (B, T, D)
         A = -torch.exp(self.A_log.float())
-        y, next_state = selective_scan(x, dt, A, self.B_norm(B), self.C_norm(C), self.D, z, self.dt_bias, state)
+        y, next_state = scan(x, dt, A, self.B_norm(B), self.C_norm(C), self.D, z, self.dt_bias, state)
         if cache is not None:
             tail.copy_(next_tail)
             state.copy_(next_state)

@@ -26,15 +26,26 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+if not torch.cuda.is_available():  # without a GPU, Triton's interpreter runs the kernels on CPU tensors
+    os.environ["TRITON_INTERPRET"] = "1"
+
 import model as model_module
 import prepare
 import sample
 import train
 from model import Cache, Hymba, HymbaConfig, causal_conv, selective_scan, windowed_attention
 
+try:
+    import triton.runtime.interpreter
+
+    import kernels
+except ImportError:
+    kernels = None
+
 ROOT = Path(__file__).parent
 torch.set_num_threads(1)  # the tensors here are too small to share
 SMALL = dict(vocab_size=61, block_size=32, n_embd=32, n_head=4, n_kv_head=2, n_hidden=40, d_state=4, n_meta=5, window=7)
+SMALL |= dict(kernels=False)
 LETTERS = ["TTT", "ttt", "MMM", "HHH", "hhh"]
 MIXED = ["HhhHhhhH", "MMTMtH"]
 
@@ -67,7 +78,7 @@ def error(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def scan_loop(x, dt, A, B, C, D=None, z=None, dt_bias=None, state=None):
     """The recurrence as it is written in the paper, token by token."""
-    h = torch.zeros(len(x), *A.shape, dtype=x.dtype) if state is None else state
+    h = x.new_zeros(len(x), *A.shape) if state is None else state
     dt = torch.log1p(torch.exp(dt if dt_bias is None else dt + dt_bias))
     ys = []
     for t in range(x.shape[1]):
@@ -86,16 +97,18 @@ def scan_inputs(B, T, D, N, seed, given=None) -> dict:
     return inputs | {k: v for k, v in options.items() if (given or {}).get(k, True)}
 
 
-def compare_with_grads(f, ref, inputs: dict, dtype=torch.float32) -> tuple[float, float]:
+def compare_with_grads(f, ref, inputs: dict, dtype=torch.float32, device="cpu") -> tuple[float, float]:
     """Largest relative errors of the outputs and of all gradients of f in dtype against ref in float64."""
-    mine = {k: v.to(dtype).detach().requires_grad_() for k, v in inputs.items()}
-    theirs = {k: v.to(dtype).double().detach().requires_grad_() for k, v in inputs.items()}
+    kept = ("A", "D", "dt_bias", "state", "weight", "bias")  # float32 in any case
+    dtypes = {k: torch.float32 if k in kept else dtype for k in inputs}
+    mine = {k: v.to(device, dtypes[k]).detach().requires_grad_() for k, v in inputs.items()}
+    theirs = {k: v.to(dtypes[k]).double().to(device).detach().requires_grad_() for k, v in inputs.items()}
     out, expected = f(**mine), ref(**theirs)
     out, expected = [u if isinstance(u, tuple) else (u,) for u in (out, expected)]
     g = torch.Generator().manual_seed(7)
-    grads = [torch.randn(u.shape, generator=g, dtype=torch.float64) for u in expected]
-    torch.autograd.backward(out, [u.to(o.dtype) for u, o in zip(grads, out, strict=True)])
-    torch.autograd.backward(expected, grads)
+    grads = [torch.randn(u.shape, generator=g, dtype=torch.float64).to(o) for u, o in zip(expected, out, strict=True)]
+    torch.autograd.backward(out, grads)
+    torch.autograd.backward(expected, [u.double() for u in grads])
     forward = max(error(a, b) for a, b in zip(out, expected, strict=True))
     return forward, max(error(mine[k].grad, theirs[k].grad) for k in inputs)
 
@@ -145,7 +158,7 @@ def test_scan_bfloat16_gives_float32_state():
 def dense_attention(q, k, v, window, n_meta):
     """The rule of the docstring, with the whole mask."""
     (T, H, E), (S, G) = q.shape[1:], k.shape[1:3]
-    position, j = torch.arange(S - T, S)[:, None], torch.arange(S)
+    position, j = torch.arange(S - T, S, device=q.device)[:, None], torch.arange(S, device=q.device)
     seen = (j <= position) & ((position - j < (window or S)) | (j < n_meta))
     k, v = (u.repeat_interleave(H // G, dim=2) for u in (k, v))
     scores = torch.einsum("bthe,bshe->bhts", q, k) / math.sqrt(E)
@@ -180,6 +193,189 @@ def test_conv_against_conv1d():
     assert error(y, expected) < 1e-6 and torch.equal(tail, x[:, -3:])
     y1, tail = causal_conv(x[:, :1], weight, bias)
     assert error(torch.cat([y1, causal_conv(x[:, 1:], weight, bias, tail)[0]], 1), expected) < 1e-6
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Kernels: on a GPU, or in Triton's interpreter (pip install triton; slow, so shapes are small)
+
+if kernels:
+    patch_tensors = triton.runtime.interpreter._patch_lang_tensor
+
+    def with_index(tensor, scope):
+        """Triton 3.6 takes int() of one-element arrays for loop bounds, which NumPy 2.4 refuses."""
+        patch_tensors(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.reshape(-1)[0]))
+
+    triton.runtime.interpreter._patch_lang_tensor = with_index
+
+GPU = torch.cuda.is_available()
+on_device = pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param("cpu", marks=pytest.mark.skipif(GPU or not kernels, reason="pip install triton (and no GPU)")),
+        pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a GPU")]),
+    ],
+)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """New tensors begin as NaN, so that what a kernel does not write shows; small tiles for the interpreter."""
+    for where, name in ((torch.Tensor, "new_empty"), (torch, "empty"), (torch, "empty_like")):
+        f = getattr(where, name)
+        nan = lambda u: u.fill_(math.nan) if u.is_floating_point() else u  # noqa: E731
+        monkeypatch.setattr(where, name, lambda *a, f=f, nan=nan, **k: nan(f(*a, **k)))
+    if not GPU:
+        for name, value in dict(QUERIES=16, KEYS=16, FLOAT32=(16, 16, 4), CHUNK_QUERIES=16, RUN=16, STRIP=32).items():
+            monkeypatch.setattr(kernels, name, value)
+
+
+BOUNDS = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (1e-2, 1e-2), torch.float16: (2e-3, 2e-3)}
+
+
+def check(f, ref, inputs, dtype, device):
+    """Outputs and gradients within bounds of the float64 reference, and the same to the bit a second time."""
+    forward, backward = compare_with_grads(f, ref, inputs, dtype, device)
+    assert forward <= BOUNDS[dtype][0] and backward <= BOUNDS[dtype][1], (forward, backward)
+
+
+@on_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", range(6))
+def test_scan_kernel(case, dtype, device, poisoned, monkeypatch):
+    rng = np.random.default_rng(case)
+    T = [1, 2, 9, 24, 31, 40] if device == "cpu" else [1, 2, 127, 128, 129, 600]
+    D = int(rng.integers(1, 40 if device == "cpu" else 700))
+    N = [16, 5, 1, 16, 33, 16][case] if device == "cuda" else [16, 5, 1, 16, 3, 16][case]
+    given = {k: bool(rng.integers(2)) or case == 0 for k in ("D", "z", "dt_bias", "state")}
+    if case % 2:  # in segments, as few channels and many tokens are
+        monkeypatch.setattr(kernels, "_segments", lambda n, t: (-(-t // 16), 16))
+    inputs = scan_inputs(int(rng.integers(1, 3)), T[case], D, N, case, given)
+    check(kernels.selective_scan, scan_loop, inputs, dtype, device)
+
+
+@on_device
+def test_scan_kernel_extremes(device, poisoned):
+    torch.manual_seed(0)
+    inputs = scan_inputs(2, 33, 24, 4, seed=0)
+    dt = torch.where(torch.rand(2, 33, 24) < 0.5, -14.0, 50.0).double()  # softplus: 1e-6 and 50
+    A = -(10.0 ** torch.linspace(-4, 3, 96).view(24, 4)).double()
+    extreme = inputs | {"dt": dt, "A": A, "dt_bias": torch.zeros(24).double(), "z": 80 * inputs["z"].sign()}
+    check(kernels.selective_scan, scan_loop, extreme, torch.float32, device)
+
+
+@on_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case", range(8))
+def test_attention_kernel(case, dtype, device, poisoned):
+    if dtype == torch.bfloat16 and device == "cpu":
+        pytest.skip("Triton's interpreter has no bfloat16 products")
+    rng = np.random.default_rng(case)
+    T = [1, 2, 15, 16, 17, 40, 65, 50] if device == "cpu" else [1, 2, 127, 128, 129, 700, 1500, 300]
+    cached = [0, 20, 0, 3, 0, 16, 0, 37][case]
+    window = [None, 7, 1, None, 1000, 16, 20, 33][case]
+    n_meta = [0, 5, 0, 3, 0, 16, 17, 200][case]
+    E, F_ = [(16, 32), (64, 128), (32, 32), (48, 80), (16, 16), (64, 64), (16, 32), (16, 32)][case]
+    G, R = [(1, 1), (2, 2), (1, 3), (2, 1)][case % 4]
+    fused = torch.from_numpy(rng.standard_normal((2, T[case] + cached, G * R * E + G * (E + F_))))
+    q, k, v = fused.split([G * R * E, G * E, G * F_], dim=-1)  # slices of a projection
+    inputs = {"q": q[:, cached:].unflatten(2, (G * R, E)), "k": k.unflatten(2, (G, E)), "v": v.unflatten(2, (G, F_))}
+    rule = dict(window=window, n_meta=n_meta)
+    if window == 1 and n_meta == 0:  # one key: q and k get no gradient, and there is nothing to compare
+        inputs = {"v": inputs["v"]}
+        rule |= {
+            "q": q.to(device, dtype)[:, cached:].unflatten(2, (G * R, E)),
+            "k": k.to(device, dtype).unflatten(2, (G, E)),
+        }
+        as64 = {n: u.double() if isinstance(u, torch.Tensor) else u for n, u in rule.items()}
+    else:
+        as64 = rule
+    if T[case] == 1 and not cached:
+        return
+    mine, theirs = (lambda **u: kernels.windowed_attention(**u, **rule)), (lambda **u: dense_attention(**u, **as64))
+    check(mine, theirs, inputs, dtype, device)
+
+
+@on_device
+@pytest.mark.parametrize(
+    "T, K, with_tail", [(50, 4, False), (1, 4, False), (17, 3, True), (2, 4, True), (33, 2, False)]
+)
+def test_conv_kernel(T, K, with_tail, device, poisoned):
+    g = torch.Generator().manual_seed(T)
+    r = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    inputs = {"x": r(2, T, 45)[..., 3:], "weight": r(42, K), "bias": r(42)} | (
+        {"tail": r(2, K - 1, 42)} if with_tail else {}
+    )
+    check(kernels.causal_conv, causal_conv, inputs, torch.float32, device)
+
+
+@on_device
+@pytest.mark.parametrize("pattern", ["hH", "Mt"])
+def test_model_with_kernels_equals_model_without(pattern, device, poisoned):
+    fast, slow = (small(pattern, n_embd=64, kernels=on, n_meta=5).to(device) for on in (True, False))
+    idx, targets = tokens(2, 40).to(device), tokens(2, 40, seed=2).to(device)
+    losses = [m(idx, targets)[1] for m in (fast, slow)]
+    grads = [torch.autograd.grad(loss, list(m.parameters())) for loss, m in zip(losses, (fast, slow), strict=True)]
+    assert error(*losses) < 1e-5 and max(error(a, b) for a, b in zip(*grads, strict=True)) < 1e-3
+    again = torch.autograd.grad(fast(idx, targets)[1], list(fast.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(grads[0], again, strict=True))
+    with torch.no_grad():
+        cache = fast.new_cache(2, 40)
+        out = torch.cat([fast(piece, cache=cache)[0] for piece in idx.split([20, 1, 12, 1, 6], dim=1)], 1)
+        assert error(out, slow(idx)[0]) < 1e-5
+
+
+@on_device
+def test_kernels_compile_without_graph_breaks(device):
+    model = small("hMH", n_embd=64, kernels=True).to(device)
+    idx = tokens(2, 20).to(device)
+    compiled = torch.compile(model, fullgraph=True, backend="inductor" if GPU else "aot_eager")
+    with torch.autocast(device, torch.bfloat16 if GPU else torch.float16, enabled=GPU):
+        a, b = (torch.autograd.grad(m(idx, idx)[1], list(model.parameters())) for m in (model, compiled))
+    assert max(error(x, y) for x, y in zip(a, b, strict=True)) < (3e-2 if GPU else 1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+def test_kernels_on_long_sequences():
+    """65,537 tokens: the scan against the same in float64 pieces, attention against rows of the dense mask."""
+    T, D, N = 65537, 48, 16
+    inputs = scan_inputs(1, T, D, N, seed=0, given={"state": False})
+    inputs = {k: v.cuda() for k, v in inputs.items()}
+    with torch.no_grad():
+        y, h = kernels.selective_scan(**{k: v.float() for k, v in inputs.items()})
+        expected, last = selective_scan(**inputs)
+        assert error(y, expected) < 1e-5 and error(h, last) < 1e-5
+        q, k, v = (torch.randn(1, T, 2, n, device="cuda") for n in (64, 64, 128))
+        o = kernels.windowed_attention(q, k, v, 1024, 128)
+        for i in (0, 1000, 40000, T - 1):
+            row = dense_attention(q[:, i : i + 1].double(), k[:, : i + 1].double(), v[:, : i + 1].double(), 1024, 128)
+            assert error(o[:, i : i + 1], row) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+def test_training_with_kernels_on_and_off():
+    """200 steps in bfloat16: the same curve within its noise, and the same bits for the same seed."""
+
+    def curve(on: bool) -> list[float]:
+        torch.manual_seed(0)
+        model = Hymba(HymbaConfig(**(SMALL | dict(pattern="HhhH", n_embd=64, kernels=on)))).cuda()
+        optimizer = train.optimizer_for(model, train.TrainConfig())
+        data, out = tokens(3000).cuda() // 8, []
+        for step in range(200):
+            at = (torch.arange(8)[:, None] * 331 + step * 13 + torch.arange(33)) % 3000
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = model(data[at[:, :-1]], data[at[:, 1:]])[1]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            out.append(loss.item())
+        return out
+
+    a, again, b = curve(True), curve(True), curve(False)
+    assert a == again
+    assert max(abs(x - y) for x, y in zip(a, b, strict=True)) < 0.05 and a[-1] < a[0] - 0.2
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -352,7 +548,7 @@ def test_overfits_a_batch(pattern):
 
 def test_initialisation():
     torch.manual_seed(0)
-    model = Hymba(HymbaConfig(n_embd=256, n_head=4, pattern="hhhh", vocab_size=512, n_hidden=64))
+    model = Hymba(HymbaConfig(n_embd=256, n_head=4, pattern="hhhh", vocab_size=512, n_hidden=64, kernels=False))
     mixer = model.blocks[0].mixer
     dt = F.softplus(mixer.dt_bias.detach()).log()
     assert dt.min() > math.log(0.99e-3) and dt.max() < math.log(1.01e-1)
@@ -573,7 +769,7 @@ def corpus(tmp_path_factory) -> Path:
 def run_train(root: Path, *flags: str, launcher=(), wait: bool = True, **env):
     """python train.py in a process of its own."""
     command = [sys.executable, *launcher, str(ROOT / "train.py"), *TINY, f"--data_dir={root / 'data'}", *flags]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | env
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"} | env
     pipe = subprocess.PIPE
     process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env, cwd=root)
     if not wait:

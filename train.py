@@ -210,7 +210,7 @@ def load_checkpoint(folder: Path, model: Hymba, optimizer) -> dict:
         raise ValueError(f"nothing to resume: {folder} holds no checkpoint; leave --resume out to start one")
     extra = json.loads((folder / "config.json").read_text())
     mine, theirs = asdict(model.config), extra["model"]
-    differ = [k for k in mine if mine[k] != theirs.get(k) and k != "block_size"]
+    differ = [k for k in mine if mine[k] != theirs.get(k) and k not in ("block_size", "kernels")]
     if differ:
         changes = ", ".join(f"{k}={theirs.get(k)!r} there and {mine[k]!r} here" for k in differ)
         raise ValueError(f"{folder} is a checkpoint of another architecture: {changes}")

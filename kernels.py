@@ -1,0 +1,1192 @@
+"""
+The operations of model.py as Triton kernels, with the same names and signatures: selective_scan, windowed_attention and
+causal_conv. Optional: model.py uses them on NVIDIA GPUs from Hopper on (see usable) and runs complete without.
+
+Each kernel opens with the formula that it computes, its tiling and its floor. All of them are PyTorch operators with
+fake tensors and gradients of their own, so that torch.compile takes a model with fullgraph=True. None adds floats
+atomically: gradients are the same to the bit from run to run.
+
+Letters: B batch, T tokens (queries), S keys, D inner width (channels), N SSM state, H query heads, G key/value heads,
+R = H / G query heads per key/value head, E query/key head size, F value head size, M meta tokens, W window, K taps.
+"""
+
+import math
+import os
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")  # kernels then run on CPU tensors, for tests
+
+
+def usable(x: Tensor) -> bool:
+    """Whether the kernels run on x's device: Hopper or later (they load through its tensor memory accelerator)."""
+    return INTERPRET.value or (x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Selective scan (Mamba, https://arxiv.org/abs/2312.00752, Algorithm 2)
+
+
+@triton.jit
+def _sigmoid(v):
+    return 1.0 / (1.0 + tl.exp2(-LOG2E * v))
+
+
+@triton.jit
+def _softplus(v):
+    """log(1 + exp(v)) = max(v, 0) + log1p(e), e = exp(-|v|) in [0, 1]. log1p(e) / e is a degree-8 minimax polynomial,
+    good to 1.5e-7 relative: dt is often 1e-3 and below, where the hardware's log2 is good only to 2e-7 absolute."""
+    e = tl.exp2(-LOG2E * tl.abs(v))
+    p = 0.00523269069 * e - 0.0295052289
+    p = p * e + 0.0782259443
+    p = p * e - 0.13663246
+    p = p * e + 0.191060074
+    p = p * e - 0.248429826
+    p = p * e + 0.333190969
+    p = p * e - 0.499994931
+    p = p * e + 1.0
+    return tl.maximum(v, 0.0) + p * e
+
+
+@triton.jit
+def _right(a, b):
+    return b
+
+
+@triton.jit
+def _pin(tile, axis: tl.constexpr):
+    """The identity, written as a scan that keeps the right operand. To the compiler it is a fence: the tile is computed
+    in the layout it was loaded in and then handed over, instead of being recomputed by every lane that will read it."""
+    if INTERPRET:
+        return tile
+    return tl.associative_scan(tile, axis, _right)
+
+
+@triton.jit
+def _token(tile, t: tl.constexpr):
+    """tile[:, t : t + 1, :] of a (BD, TT, BN) tile, in float32. Tokens lie in registers and t is a constant, so setting
+    all other tokens to 0 and adding up the bits compiles to nothing."""
+    here = tl.arange(0, tile.shape[1])[None, :, None] == t
+    if tile.dtype.primitive_bitwidth == 16:
+        bits = tl.where(here, tile.to(tl.int16, bitcast=True), 0)
+        return tl.sum(bits, 1, keep_dims=True).to(tl.int16).to(tile.dtype, bitcast=True).to(tl.float32)
+    else:
+        bits = tl.where(here, tile.to(tl.int32, bitcast=True), 0)
+        return tl.sum(bits, 1, keep_dims=True).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _enter(state, A, adds_ptr, total_ptr, first, last, step, offset, d, D, in_state, in_d, N: tl.constexpr):
+    """Carries a state over whole segments: h <- exp(A * sum of dt) h + (what the segment adds to a zero state)."""
+    for s in range(first, last, step):
+        total = tl.load(total_ptr + s * D + d, mask=in_d, other=0.0)[:, None, None]
+        state = tl.exp2(total * A) * state + tl.load(adds_ptr + s * D * N + offset, mask=in_state, other=0.0)
+    return state
+
+
+@triton.jit
+def scan_segment_kernel(
+    x_ptr, dt_ptr, A_ptr, B_ptr, z_ptr, bias_ptr, adds_ptr, total_ptr,
+    T, D, length, x_b, x_t, dt_b, dt_t, B_b, B_t, z_b, z_t,
+    N: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, TT: tl.constexpr, K: tl.constexpr,
+    HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """What a segment of `length` tokens adds to a zero state, and the sum of its dt. Where B x D is too few programs,
+    T is cut into segments: this pass runs over all of them at once, then each program of the main pass starts from
+
+        h_start = ... exp(A sum dt_1) (exp(A sum dt_0) h_0 + adds_0) + adds_1 ...
+
+    The price is that each exponential is taken twice. Grid (D / BD, segments, B).
+
+    REVERSE does the same for dh_t = a_t (dh_{t+1} + C_t dout_t), the gradient that token t hands to token t - 1: then
+    x_ptr is dy, B_ptr is C, and dout = dy silu(z).
+    """
+    d = tl.program_id(0) * BD + tl.max_contiguous(tl.arange(0, BD), K)
+    segment = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    t = tl.arange(0, TT)
+    n = tl.arange(0, BN)
+    in_d = d < D
+    state = d[:, None, None] + n[None, None, :] * D
+    in_state = in_d[:, None, None] & (n < N)[None, None, :]
+    A = tl.load(A_ptr + state, mask=in_state, other=0.0) * LOG2E
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + d, mask=in_d, other=0.0).to(tl.float32)[:, None]
+    start = segment.to(tl.int64) * length
+    n_tile = tl.cdiv(tl.minimum(length, T - start), TT)
+    x_ptr += b * x_b + start * x_t
+    dt_ptr += b * dt_b + start * dt_t
+    B_ptr += b * B_b + start * B_t
+    if HAS_Z:
+        z_ptr += b * z_b + start * z_t
+    h = tl.zeros((BD, 1, BN), tl.float32)
+    total = tl.zeros((BD, TT), tl.float32)
+    for i in range(0, n_tile):
+        t0 = i * TT
+        if REVERSE:
+            t0 = (n_tile - 1 - i) * TT
+        in_t = start + t0 + t < T
+        here = in_d[:, None] & in_t[None, :]
+        in_n = in_t[:, None] & (n < N)[None, :]
+        u = tl.load(x_ptr + t0.to(tl.int64) * x_t + d[:, None] + t[None, :] * x_t, mask=here, other=0.0).to(tl.float32)
+        dt = tl.load(dt_ptr + t0.to(tl.int64) * dt_t + d[:, None] + t[None, :] * dt_t, mask=here, other=0.0).to(
+            tl.float32
+        )
+        Bt = tl.load(B_ptr + t0.to(tl.int64) * B_t + t[:, None] * B_t + n[None, :], mask=in_n, other=0.0)
+        Bt = tl.broadcast_to(_pin(Bt, 0)[None, :, :], (BD, TT, BN))
+        if HAS_BIAS:
+            dt += bias
+        dt = tl.where(here, _softplus(dt), 0.0)
+        total += dt
+        if not REVERSE:
+            u *= dt
+        if HAS_Z:
+            z = tl.load(z_ptr + t0.to(tl.int64) * z_t + d[:, None] + t[None, :] * z_t, mask=here, other=0.0).to(
+                tl.float32
+            )
+            u *= z * _sigmoid(z)
+        u_p = _pin(u, 1)[:, :, None]
+        dt_p = _pin(dt, 1)[:, :, None]
+        for j in tl.static_range(TT):
+            if REVERSE:
+                h = tl.exp2(_token(dt_p, TT - 1 - j) * A) * (h + _token(u_p, TT - 1 - j) * _token(Bt, TT - 1 - j))
+            else:
+                h = tl.exp2(_token(dt_p, j) * A) * h + _token(u_p, j) * _token(Bt, j)
+    row = b * tl.num_programs(1) + segment
+    tl.store(adds_ptr + row * D * N + state, h, mask=in_state)
+    tl.store(total_ptr + row * D + d, tl.sum(total, 1), mask=in_d)
+
+
+@triton.jit
+def scan_forward_kernel(
+    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, h0_ptr, adds_ptr, total_ptr, y_ptr, hT_ptr, chunk_ptr,
+    T, D, length, x_b, x_t, dt_b, dt_t, B_b, B_t, C_b, C_t, z_b, z_t,
+    N: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, TT: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr,
+    HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr, SAVE: tl.constexpr,
+):  # fmt: skip
+    """h_t = exp(dt_t A) h_{t-1} + u_t B_t, y_t = (C_t . h_t + D x_t) silu(z_t), u_t = dt_t x_t.
+
+    Grid (D / BD, segments, B). Per (token, channel, state): 1 exp2, which holds its unit for 8 cycles a warp, and about
+    5 other instructions (dt A, u B, a h + u B, and C h summed over 4 states in the thread, then 4 lanes by shuffles).
+    Small tiles, one warp a program, many programs: T is walked in order, so what hides the latency of this warp's chain
+    is other channels' warps. SAVE keeps h before each CHUNK of tokens, for the backward pass.
+    """
+    d = tl.program_id(0) * BD + tl.max_contiguous(tl.arange(0, BD), K)
+    segment = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    t = tl.arange(0, TT)
+    n = tl.arange(0, BN)
+    in_d = d < D
+    # This access decides the layout of every (BD, TT, BN) tile below: K channels to a thread, lanes over D, then N.
+    state = d[:, None, None] + n[None, None, :] * D
+    in_state = in_d[:, None, None] & (n < N)[None, None, :]
+    A = tl.load(A_ptr + state, mask=in_state, other=0.0) * LOG2E
+    if HAS_D:
+        skip = tl.load(D_ptr + d, mask=in_d, other=0.0).to(tl.float32)[:, None]
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + d, mask=in_d, other=0.0).to(tl.float32)[:, None]
+    start = segment.to(tl.int64) * length
+    stop = tl.minimum(length, T - start).to(tl.int32)
+    x_ptr += b * x_b + start * x_t
+    dt_ptr += b * dt_b + start * dt_t
+    B_ptr += b * B_b + start * B_t
+    C_ptr += b * C_b + start * C_t
+    y_ptr += (b * T + start) * D
+    chunk_ptr += (b * tl.cdiv(T, CHUNK) + start // CHUNK) * D * N
+    x_tile = d[:, None] + t[None, :] * x_t
+    dt_tile = d[:, None] + t[None, :] * dt_t
+    B_tile = t[:, None] * B_t + n[None, :]
+    C_tile = t[:, None] * C_t + n[None, :]
+    here = in_d[:, None] & (t < stop)[None, :]
+    in_n = (t < stop)[:, None] & (n < N)[None, :]
+    x_next = tl.load(x_ptr + x_tile, mask=here, other=0.0)
+    dt_next = tl.load(dt_ptr + dt_tile, mask=here, other=0.0)
+    B_next = tl.load(B_ptr + B_tile, mask=in_n, other=0.0)
+    C_next = tl.load(C_ptr + C_tile, mask=in_n, other=0.0)
+    if HAS_Z:
+        z_ptr += b * z_b + start * z_t
+        z_tile = d[:, None] + t[None, :] * z_t
+        z_next = tl.load(z_ptr + z_tile, mask=here, other=0.0)
+    h = tl.zeros((BD, 1, BN), tl.float32)
+    if HAS_STATE:
+        h = tl.load(h0_ptr + b * D * N + state, mask=in_state, other=0.0)
+    n_add = tl.num_programs(1) - 1
+    adds_ptr += b * n_add * D * N
+    h = _enter(h, A, adds_ptr, total_ptr + b * n_add * D, 0, segment, 1, state, d, D, in_state, in_d, N)
+    for t0 in range(0, stop, TT):
+        if SAVE:
+            if t0 % CHUNK == 0:
+                tl.store(chunk_ptr + state, h, mask=in_state)
+                chunk_ptr += D * N
+        x = x_next.to(tl.float32)
+        dt = dt_next.to(tl.float32)
+        Bt = tl.broadcast_to(_pin(B_next, 0)[None, :, :], (BD, TT, BN))
+        Ct = tl.broadcast_to(_pin(C_next, 0)[None, :, :], (BD, TT, BN))
+        if HAS_Z:
+            z = z_next.to(tl.float32)
+        # The next tile's loads go out before this tile's arithmetic.
+        x_ptr += TT * x_t
+        dt_ptr += TT * dt_t
+        B_ptr += TT * B_t
+        C_ptr += TT * C_t
+        here = in_d[:, None] & (t0 + TT + t < stop)[None, :]
+        in_n = (t0 + TT + t < stop)[:, None] & (n < N)[None, :]
+        x_next = tl.load(x_ptr + x_tile, mask=here, other=0.0)
+        dt_next = tl.load(dt_ptr + dt_tile, mask=here, other=0.0)
+        B_next = tl.load(B_ptr + B_tile, mask=in_n, other=0.0)
+        C_next = tl.load(C_ptr + C_tile, mask=in_n, other=0.0)
+        if HAS_Z:
+            z_ptr += TT * z_t
+            z_next = tl.load(z_ptr + z_tile, mask=here, other=0.0)
+
+        here = in_d[:, None] & (t0 + t < stop)[None, :]
+        if HAS_BIAS:
+            dt += bias
+        dt = tl.where(here, _softplus(dt), 0.0)  # past the end dt = 0: the state stands still
+        u_p = _pin(dt * x, 1)[:, :, None]
+        dt_p = _pin(dt, 1)[:, :, None]
+        y = tl.zeros((BD, TT), tl.float32)
+        for j in tl.static_range(TT):
+            h = tl.exp2(_token(dt_p, j) * A) * h + _token(u_p, j) * _token(Bt, j)
+            y = tl.where((t == j)[None, :], tl.sum(h * _token(Ct, j), 2), y)
+        if HAS_D:
+            y += skip * x
+        if HAS_Z:
+            y *= z * _sigmoid(z)
+        tl.store(y_ptr + d[:, None] + t[None, :] * D, y.to(y_ptr.dtype.element_ty), mask=here)
+        y_ptr += TT * D
+    if segment == n_add:
+        tl.store(hT_ptr + b * D * N + d[:, None, None] * N + n[None, None, :], h, mask=in_state)
+
+
+@triton.jit
+def scan_backward_kernel(
+    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, chunk_ptr, dy_ptr, dhT_ptr, adds_ptr, total_ptr,
+    dx_ptr, ddt_ptr, dz_ptr, dB_ptr, dC_ptr, dA_ptr, dD_ptr, dbias_ptr, dh0_ptr,
+    T, D, length, x_b, x_t, dt_b, dt_t, B_b, B_t, C_b, C_t, z_b, z_t, dy_b, dy_t,
+    N: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, TT: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr,
+    HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DSTATE: tl.constexpr,
+):  # fmt: skip
+    """All gradients, walking T backwards. With a_t = exp(dt_t A), u_t = dt_t x_t, dout_t = dy_t silu(z_t):
+
+        g_t  = dL/dh_t = C_t dout_t + a_{t+1} g_{t+1}
+        dB_t = sum_d u_t g_t          dC_t = sum_d dout_t h_t          du_t = sum_n B_t g_t
+        q_t  = a_t g_t h_{t-1}        dA = sum_t dt_t q_t              ddt_t = (sum_n A q_t + x_t du_t) softplus'
+        dx_t = dt_t du_t + D dout_t   dz_t = dy_t (C_t . h_t + D x_t) silu'(z_t)
+
+    Nothing of size (B, T, D, N) is stored: h restarts from the saved state of its chunk (one or two tiles) and stays in
+    registers for one tile. Grid (D / BD, segments, B), one warp each. The limit is no longer exp2 but the sums across
+    lanes: 4.5 shuffles per (token, channel, state), beside some 20 multiply-adds. dB and dC are sums over the program's
+    BD channels, added over programs afterwards, as are dA, dD and dbias over segments and batch.
+    """
+    d = tl.program_id(0) * BD + tl.max_contiguous(tl.arange(0, BD), K)
+    segment = tl.program_id(1)
+    n_segment = tl.num_programs(1)
+    b = tl.program_id(2).to(tl.int64)
+    t = tl.arange(0, TT)
+    n = tl.arange(0, BN)
+    in_d = d < D
+    state = d[:, None, None] + n[None, None, :] * D
+    in_state = in_d[:, None, None] & (n < N)[None, None, :]
+    A = tl.load(A_ptr + state, mask=in_state, other=0.0) * LOG2E
+    if HAS_D:
+        skip = tl.load(D_ptr + d, mask=in_d, other=0.0).to(tl.float32)[:, None]
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + d, mask=in_d, other=0.0).to(tl.float32)[:, None]
+    x_ptr += b * x_b
+    dt_ptr += b * dt_b
+    B_ptr += b * B_b
+    C_ptr += b * C_b
+    dy_ptr += b * dy_b
+    dx_ptr += b * T * D
+    ddt_ptr += b * T * D
+    if HAS_Z:
+        z_ptr += b * z_b
+        dz_ptr += b * T * D
+    dB_ptr += (tl.program_id(0) * tl.num_programs(2) + b) * T * N
+    dC_ptr += (tl.program_id(0) * tl.num_programs(2) + b) * T * N
+    chunk_ptr += b * tl.cdiv(T, CHUNK) * D * N
+    dh = tl.zeros((BD, 1, BN), tl.float32)
+    if HAS_DSTATE:
+        dh = tl.load(dhT_ptr + b * D * N + d[:, None, None] * N + n[None, None, :], mask=in_state, other=0.0)
+    adds_ptr += b * n_segment * D * N
+    total_ptr += b * n_segment * D
+    dh = _enter(dh, A, adds_ptr, total_ptr, n_segment - 1, segment, -1, state, d, D, in_state, in_d, N)
+    dA = tl.zeros((BD, 1, BN), tl.float32)
+    dD = tl.zeros((BD, TT), tl.float32)
+    dbias = tl.zeros((BD, TT), tl.float32)
+    start = segment.to(tl.int64) * length
+    n_tile = tl.cdiv(tl.minimum(length, T - start), TT)
+    # As in the forward kernel, the next tile's loads go out before this tile's arithmetic.
+    t0 = start + (n_tile - 1) * TT
+    x_ptr += t0 * x_t
+    dt_ptr += t0 * dt_t
+    dy_ptr += t0 * dy_t
+    B_ptr += t0 * B_t
+    C_ptr += t0 * C_t
+    x_tile = d[:, None] + t[None, :] * x_t
+    dt_tile = d[:, None] + t[None, :] * dt_t
+    dy_tile = d[:, None] + t[None, :] * dy_t
+    B_tile = t[:, None] * B_t + n[None, :]
+    C_tile = t[:, None] * C_t + n[None, :]
+    here = in_d[:, None] & (t0 + t < T)[None, :]
+    in_n = (t0 + t < T)[:, None] & (n < N)[None, :]
+    x_next = tl.load(x_ptr + x_tile, mask=here, other=0.0)
+    dt_next = tl.load(dt_ptr + dt_tile, mask=here, other=0.0)
+    dy_next = tl.load(dy_ptr + dy_tile, mask=here, other=0.0)
+    B_next = tl.load(B_ptr + B_tile, mask=in_n, other=0.0)
+    C_next = tl.load(C_ptr + C_tile, mask=in_n, other=0.0)
+    if HAS_Z:
+        z_ptr += t0 * z_t
+        z_tile = d[:, None] + t[None, :] * z_t
+        z_next = tl.load(z_ptr + z_tile, mask=here, other=0.0)
+    saved = tl.load(chunk_ptr + (t0 // CHUNK) * D * N + state, mask=in_state, other=0.0)
+    for i in range(0, n_tile):
+        t0 = start + (n_tile - 1 - i) * TT
+        if t0 % CHUNK == CHUNK - TT:
+            saved = tl.load(chunk_ptr + (t0 // CHUNK) * D * N + state, mask=in_state, other=0.0)
+        x = x_next.to(tl.float32)
+        dt = dt_next.to(tl.float32)
+        dy = dy_next.to(tl.float32)
+        Bt = tl.broadcast_to(_pin(B_next, 0)[None, :, :], (BD, TT, BN))
+        Ct = tl.broadcast_to(_pin(C_next, 0)[None, :, :], (BD, TT, BN))
+        if HAS_Z:
+            z = z_next.to(tl.float32)
+        x_ptr -= TT * x_t
+        dt_ptr -= TT * dt_t
+        dy_ptr -= TT * dy_t
+        B_ptr -= TT * B_t
+        C_ptr -= TT * C_t
+        here = in_d[:, None] & (i + 1 < n_tile)
+        in_n = (n < N)[None, :] & (i + 1 < n_tile)
+        x_next = tl.load(x_ptr + x_tile, mask=here, other=0.0)
+        dt_next = tl.load(dt_ptr + dt_tile, mask=here, other=0.0)
+        dy_next = tl.load(dy_ptr + dy_tile, mask=here, other=0.0)
+        B_next = tl.load(B_ptr + B_tile, mask=in_n, other=0.0)
+        C_next = tl.load(C_ptr + C_tile, mask=in_n, other=0.0)
+        if HAS_Z:
+            z_ptr -= TT * z_t
+            z_next = tl.load(z_ptr + z_tile, mask=here, other=0.0)
+        h = saved
+        if CHUNK > TT:
+            if t0 % CHUNK != 0:  # the chunk's second tile: the saved state, advanced over the first
+                dts = dt_next.to(tl.float32)
+                if HAS_BIAS:
+                    dts += bias
+                dts = tl.where(in_d[:, None], _softplus(dts), 0.0)
+                Bs = tl.broadcast_to(_pin(B_next, 0)[None, :, :], (BD, TT, BN))
+                us_p = _pin(dts * x_next.to(tl.float32), 1)[:, :, None]
+                dts_p = _pin(dts, 1)[:, :, None]
+                for j in tl.static_range(TT):
+                    h = tl.exp2(_token(dts_p, j) * A) * h + _token(us_p, j) * _token(Bs, j)
+
+        here = in_d[:, None] & (t0 + t < T)[None, :]
+        in_n = (t0 + t < T)[:, None] & (n < N)[None, :]
+        if HAS_BIAS:
+            dt += bias
+        dsoftplus = tl.where(here, _sigmoid(dt), 0.0)
+        dt = tl.where(here, _softplus(dt), 0.0)
+        dout = dy
+        if HAS_Z:
+            sig = _sigmoid(z)
+            dout = dy * z * sig
+        dt_p = _pin(dt, 1)[:, :, None]
+        u_p = _pin(dt * x, 1)[:, :, None]
+        dout_p = _pin(dout, 1)[:, :, None]
+
+        # Forward again within the tile, keeping each token's h_{t-1} in registers ...
+        before = tl.zeros((BD, TT, BN), tl.float32)
+        dC = tl.zeros((TT, BN), tl.float32)
+        y = tl.zeros((BD, TT), tl.float32)
+        for j in tl.static_range(TT):
+            before = tl.where((t == j)[None, :, None], h, before)
+            h = tl.exp2(_token(dt_p, j) * A) * h + _token(u_p, j) * _token(Bt, j)
+            dC = tl.where((t == j)[:, None], tl.sum(_token(dout_p, j) * h, 0), dC)
+            if HAS_Z:
+                y = tl.where((t == j)[None, :], tl.sum(h * _token(Ct, j), 2), y)
+        # ... and back: g_t = dL/dh_t = C_t dout_t + dh, where dh = a_{t+1} g_{t+1} is handed from token to token.
+        dB = tl.zeros((TT, BN), tl.float32)
+        du = tl.zeros((BD, TT), tl.float32)
+        ddt = tl.zeros((BD, TT), tl.float32)
+        for j in tl.static_range(TT - 1, -1, -1):
+            g = _token(dout_p, j) * _token(Ct, j) + dh
+            dB = tl.where((t == j)[:, None], tl.sum(_token(u_p, j) * g, 0), dB)
+            du = tl.where((t == j)[None, :], tl.sum(g * _token(Bt, j), 2), du)
+            dh = tl.exp2(_token(dt_p, j) * A) * g
+            q = dh * _token(before, j)
+            dA += q * _token(dt_p, j)
+            ddt = tl.where((t == j)[None, :], tl.sum(q * A, 2), ddt)
+
+        tl.store(dC_ptr + t0 * N + t[:, None] * N + n[None, :], dC, mask=in_n)
+        tl.store(dB_ptr + t0 * N + t[:, None] * N + n[None, :], dB, mask=in_n)
+        dx = du * dt
+        ddt = (ddt * LN2 + du * x) * dsoftplus
+        if HAS_Z:
+            if HAS_D:
+                y += skip * x
+            dz = dy * y * sig * (1.0 + z * (1.0 - sig))
+            tl.store(dz_ptr + t0 * D + d[:, None] + t[None, :] * D, dz.to(dz_ptr.dtype.element_ty), mask=here)
+        if HAS_D:
+            dx += skip * dout
+            dD += dout * x
+        if HAS_BIAS:
+            dbias += ddt
+        tl.store(dx_ptr + t0 * D + d[:, None] + t[None, :] * D, dx.to(dx_ptr.dtype.element_ty), mask=here)
+        tl.store(ddt_ptr + t0 * D + d[:, None] + t[None, :] * D, ddt.to(ddt_ptr.dtype.element_ty), mask=here)
+    row = b * n_segment + segment
+    tl.store(dA_ptr + row * D * N + d[:, None, None] * N + n[None, None, :], dA, mask=in_state)
+    if HAS_D:
+        tl.store(dD_ptr + row * D + d, tl.sum(dD, 1), mask=in_d)
+    if HAS_BIAS:
+        tl.store(dbias_ptr + row * D + d, tl.sum(dbias, 1), mask=in_d)
+    if segment == 0:
+        tl.store(dh0_ptr + b * D * N + d[:, None, None] * N + n[None, None, :], dh, mask=in_state)
+
+
+def _check(x, dt, A, B, C, D, z, dt_bias, state):
+    if x.dim() != 3:
+        raise ValueError(f"selective_scan: x must be (B, T, D), got {tuple(x.shape)}")
+    (b, t, d), n = x.shape, A.shape[-1]
+    if n > 128:
+        raise ValueError(f"selective_scan: state size {n} is over 128; use a smaller d_state")
+    wanted = dict(dt=(b, t, d), A=(d, n), B=(b, t, n), C=(b, t, n), D=(d,), z=(b, t, d), dt_bias=(d,), state=(b, d, n))
+    given = dict(dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, state=state)
+    for name, shape in wanted.items():
+        tensor = given[name]
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"selective_scan: {name} must be {shape} to match x and A, got {tuple(tensor.shape)}")
+    for name in ("A", "state"):
+        if given[name] is not None and given[name].dtype != torch.float32:
+            raise ValueError(f"selective_scan: {name} must be float32, got {given[name].dtype}; call .float() on it")
+
+
+def _rows(tensor):
+    """The tensor, copied only if its last axis is not contiguous."""
+    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+CHUNK = 8  # tokens between saved states: 4 N / CHUNK bytes per token and channel
+
+
+def _tiles(n: int, channels: int, lanes: int, tokens: int) -> dict:
+    """One warp's tile: `channels` channels to a thread; at N = 16, `lanes` of 32 lanes along D and the rest along N."""
+    bn = triton.next_power_of_2(n)
+    lanes = max(1, min(32, lanes * 16 // bn))
+    return dict(N=n, BN=bn, BD=channels * lanes, K=channels, TT=min(tokens, CHUNK), num_warps=1)
+
+
+def _segments(n_program: int, t: int) -> tuple[int, int]:
+    """Into how many segments, of how many tokens, to cut T: one where batch and channels alone fill the chip, because
+    segments cost each exponential twice; else enough for about 6400 one-warp programs."""
+    n_segment = 1 if n_program >= 800 else max(1, min(6400 // n_program, t // 512))
+    length = triton.cdiv(triton.cdiv(t, n_segment), CHUNK) * CHUNK
+    return triton.cdiv(t, length), length
+
+
+def _strides(*tensors):
+    return [s for x in tensors for s in ((0, 0) if x is None else x.stride()[:2])]
+
+
+@torch.library.custom_op("hymba::selective_scan", mutates_args=())
+def _scan_forward(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+    z: Tensor | None, dt_bias: Tensor | None, state: Tensor | None, save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    b, t, d = x.shape
+    n = A.shape[1]
+    f32 = dict(dtype=torch.float32, device=x.device)
+    y = x.new_empty(b, t, d)
+    last = torch.empty(b, d, n, **f32)
+    chunks = torch.empty(b, triton.cdiv(t, CHUNK) if save else 0, n, d, **f32)
+    x, dt, B, C, z = map(_rows, (x, dt, B, C, z))
+    A = A.t().contiguous()  # (N, D): channels contiguous here too
+    state = None if state is None else state.transpose(1, 2).contiguous()
+    tile = _tiles(n, 2, 8, 8)
+    n_block = triton.cdiv(d, tile["BD"])
+    n_segment, length = _segments(b * n_block, t)
+    adds, total = torch.empty(b, n_segment - 1, n, d, **f32), torch.empty(b, n_segment - 1, d, **f32)
+    flags = dict(HAS_BIAS=dt_bias is not None)
+    if n_segment > 1:
+        stile = _tiles(n, 2, 8, 4)
+        scan_segment_kernel[(triton.cdiv(d, stile["BD"]), n_segment - 1, b)](
+            x, dt, A, B, None, dt_bias, adds, total, t, d, length, *_strides(x, dt, B, None),
+            HAS_Z=False, REVERSE=False, **flags, **stile,
+        )  # fmt: skip
+    scan_forward_kernel[(n_block, n_segment, b)](
+        x, dt, A, B, C, D, z, dt_bias, state, adds, total, y, last, chunks, t, d, length, *_strides(x, dt, B, C, z),
+        CHUNK=CHUNK, HAS_D=D is not None, HAS_Z=z is not None, HAS_STATE=state is not None, SAVE=save, **flags, **tile,
+    )  # fmt: skip
+    return y, last, chunks
+
+
+@_scan_forward.register_fake
+def _(x, dt, A, B, C, D, z, dt_bias, state, save):
+    b, t, d = x.shape
+    n = A.shape[1]
+    n_chunk = (t + CHUNK - 1) // CHUNK if save else 0
+    f32 = torch.float32
+    return x.new_empty(b, t, d), x.new_empty(b, d, n, dtype=f32), x.new_empty(b, n_chunk, n, d, dtype=f32)
+
+
+@torch.library.custom_op("hymba::selective_scan_backward", mutates_args=())
+def _scan_backward(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+    z: Tensor | None, dt_bias: Tensor | None, chunks: Tensor, dy: Tensor,
+    dlast: Tensor | None,
+) -> list[Tensor]:  # fmt: skip
+    b, t, d = x.shape
+    n = A.shape[1]
+    f32 = dict(dtype=torch.float32, device=x.device)
+    x, dt, B, C, z, dy = map(_rows, (x, dt, B, C, z, dy))
+    A = A.t().contiguous()
+    tile = _tiles(n, 2, 8, 4)
+    n_block = triton.cdiv(d, tile["BD"])
+    n_segment, length = _segments(b * n_block, t)
+    adds, total = torch.empty(b, n_segment, n, d, **f32), torch.empty(b, n_segment, d, **f32)
+    flags = dict(HAS_BIAS=dt_bias is not None, HAS_Z=z is not None)
+    if n_segment > 1:
+        stile = _tiles(n, 2, 8, 4)
+        scan_segment_kernel[(triton.cdiv(d, stile["BD"]), n_segment, b)](
+            dy, dt, A, C, z, dt_bias, adds, total, t, d, length, *_strides(dy, dt, C, z),
+            REVERSE=True, **flags, **stile,
+        )  # fmt: skip
+    dx, ddt = x.new_empty(b, t, d), dt.new_empty(b, t, d)
+    dz = None if z is None else z.new_empty(b, t, d)
+    dB, dC = torch.empty(2, n_block, b, t, n, **f32)
+    dA = torch.empty(b, n_segment, d, n, **f32)
+    dD, dbias = torch.empty(2, b, n_segment, d, **f32)
+    dstate = torch.empty(b, d, n, **f32)
+    scan_backward_kernel[(n_block, n_segment, b)](
+        x, dt, A, B, C, D, z, dt_bias, chunks, dy, None if dlast is None else dlast.contiguous(), adds, total,
+        dx, ddt, dz, dB, dC, dA, dD, dbias, dstate, t, d, length, *_strides(x, dt, B, C, z, dy),
+        CHUNK=CHUNK, HAS_D=D is not None, HAS_DSTATE=dlast is not None, **flags, **tile,
+    )  # fmt: skip
+    grads = [dx, ddt, dA.sum((0, 1)), dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype)]
+    grads.append(x.new_empty(0) if D is None else dD.sum((0, 1)).to(D.dtype))
+    grads.append(x.new_empty(0) if z is None else dz)
+    grads.append(x.new_empty(0) if dt_bias is None else dbias.sum((0, 1)).to(dt_bias.dtype))
+    return grads + [dstate]
+
+
+@_scan_backward.register_fake
+def _(x, dt, A, B, C, D, z, dt_bias, chunks, dy, dlast):
+    grads = [g.new_empty(g.shape) for g in (x, dt, A, B, C)]
+    grads += [x.new_empty(0) if g is None else g.new_empty(g.shape) for g in (D, z, dt_bias)]
+    return grads + [x.new_empty(x.shape[0], *A.shape, dtype=torch.float32)]
+
+
+def _setup_context(ctx, inputs, output):
+    x, dt, A, B, C, D, z, dt_bias, state, save = inputs
+    ctx.save_for_backward(x, dt, A, B, C, D, z, dt_bias, output[2])
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
+    ctx.has_state = state is not None
+
+
+def _backward(ctx, dy, dlast, _):
+    x, dt, A, B, C, D, z, dt_bias, chunks = ctx.saved_tensors
+    if dy is None:
+        dy = torch.zeros_like(x)
+    grads = _scan_backward(x, dt, A, B, C, D, z, dt_bias, chunks, dy, dlast)
+    for i, given in enumerate((x, dt, A, B, C, D, z, dt_bias, ctx.has_state or None)):
+        if given is None:
+            grads[i] = None
+    return *grads, None
+
+
+_scan_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Mamba's selective scan: same signature and meaning as the reference in model.py, on CUDA.
+
+    x, dt, z (B, T, D), B, C (B, T, N): bfloat16, float16 or float32, any strides if the last is 1 (else copied).
+    A (D, N) float32, negative. D, dt_bias (D,). state (B, D, N) float32, or None for zeros. N up to 128; 16 is fastest.
+    Returns y (B, T, D) in x's dtype and the float32 state after the last token. All inputs get gradients, state too.
+    Kept for backward: the inputs and one float32 state per CHUNK tokens. ValueError if shapes or dtypes do not fit.
+    """
+    _check(x, dt, A, B, C, D, z, dt_bias, state)
+    given = [a for a in (x, dt, A, B, C, D, z, dt_bias, state) if a is not None]
+    save = torch.is_grad_enabled() and any(a.requires_grad for a in given)
+    y, last, _ = _scan_forward(x, dt, A, B, C, D, z, dt_bias, state, save)
+    return y, last
+
+
+# Sizes that may take any value without compiling anew.
+SIZES = ["T", "S", "H", "R", "window", "n_meta", "chunk", "n_chunk", "n_long", "skip"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sliding-window attention with meta tokens
+#
+# A query at position p sees the meta keys at the start of the sequence and a band of W keys that ends at itself:
+#
+#     key   0    M             p-W+1         p
+#           |####|               |###########|
+#            meta                   window
+#
+# Of the T x S square only about T * (W + M) pairs are seen. The kernels walk them in tiles of queries by keys, and sort
+# the tiles alike: *inside* tiles, where every pair is seen, run without mask arithmetic; *edge* tiles (the diagonal,
+# the window's left edge, a tile that is only partly meta) pay for it; what nobody sees is never loaded.
+#
+# Why 64 x 64, for head sizes 64 and 128 on an H100: forward, a tile takes its multiprocessor 384 cycles of tensor core,
+# 256 of exponentials and some 340 instructions a warp. A warpgroup (4 warps) does one of these at a time, as each waits
+# for the last; with 64 rows its scores and sums fit in 148 registers a thread, so three programs share a multiprocessor
+# and fill each other's gaps. 128 rows would load every key half as often, but leave one or two programs: measured
+# slower, even though L2 delivers 70% of its peak as it is. Tiles are fetched by the tensor memory accelerator (x.load
+# of a descriptor): no pointers in registers, any strides, zeros for what lies past the end, so no load has a guard.
+#
+# All scores are in units of log2: scale holds log2(e) / sqrt(E), and exponentials are exp2.
+
+QUERIES, KEYS, WARPS = 64, 64, 4  # one program's tile, and the warps that work on it
+FLOAT32 = 32, 32, 8  # float32 has no tensor core: plain multiply-adds with operands in registers
+CHUNK_QUERIES = (
+    1024  # queries per partial sum for keys that all queries see: about a window, so that programs are alike
+)
+
+
+@triton.jit
+def load_tile(x, b, h, row, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Rows row ... row + ROWS of head h of batch b. Rows and columns past the tensor's end come back as zeros."""
+    return x.load([b, h, row, 0]).reshape(ROWS, COLS)
+
+
+@triton.jit
+def store_tile(x, value, b, h, row, N, H, STEP, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Rows row ... row + ROWS of head h into D columns of a contiguous x (B, N, H, STEP)."""
+    rows = row + tl.arange(0, ROWS)
+    cols = tl.arange(0, COLS)
+    x += (tl.cast(b, tl.int64) * N * H + h) * STEP
+    pointers = x + tl.cast(rows, tl.int64)[:, None] * H * STEP + cols[None, :]
+    tl.store(pointers, value.to(x.dtype.element_ty), mask=(rows < N)[:, None] & (cols < D)[None, :])
+
+
+@triton.jit
+def row_offset(b, h, T, H):
+    """Where head h of batch b begins in lse and delta (B, H, T rounded up to a multiple of 4)."""
+    return (tl.cast(b, tl.int64) * H + h) * (tl.cdiv(T, 4) * 4)
+
+
+@triton.jit
+def visible(position, key, window, n_meta):
+    """The mask: 0 <= position - key < window, without the upper bound for meta keys.
+
+    One unsigned comparison a pair checks both bounds: a negative distance reads as a huge one.
+    """
+    reach = tl.where(key < n_meta, 0x7FFFFFFF, window)
+    return tl.cast(position - key, tl.uint32) < tl.cast(reach, tl.uint32)
+
+
+@triton.jit
+def key_tiles(first, last, window, n_meta, BK: tl.constexpr):
+    """Key tiles seen from positions first ... last, as tile numbers a <= b <= c <= d <= e <= f.
+
+    Inside: [0, a) meta and [d, e) window. Edges: [a, b) meta, [c, d) the window's left edge, [e, f) the diagonal.
+    """
+    window_start = tl.maximum(first - window + 1, 0) // BK  # the first row sees farthest to the left
+    inside_start = tl.cdiv(tl.maximum(last - window + 1, 0), BK)  # what the last row still sees on the left, all see
+    inside_end = (first + 1) // BK  # what the first row sees on the right, all see
+    a = tl.minimum(n_meta, first + 1) // BK
+    b = tl.minimum(tl.cdiv(tl.minimum(n_meta, last + 1), BK), tl.maximum(inside_start, a))
+    c = tl.maximum(window_start, b)
+    d = tl.maximum(inside_start, c)
+    e = tl.maximum(inside_end, d)
+    return a, b, c, d, e, last // BK + 1
+
+
+@triton.jit
+def query_tiles(k0, T, S, window, n_meta, BQ: tl.constexpr, BK: tl.constexpr):
+    """Query tiles that see keys k0 ... k0 + BK, as tile numbers a <= b <= c <= d.
+
+    Inside: [b, c). Edges: [a, b) the diagonal, [c, d) where the window leaves these keys behind, and the last, partly
+    filled tile. Query i stands at position i + S - T.
+    """
+    offset = S - T
+    last = tl.minimum(k0 + BK, S) - 1
+    end = tl.where(k0 < n_meta, T, tl.minimum(T, last + window - offset))
+    inside_end = tl.where(k0 + BK <= n_meta, T, tl.minimum(T, tl.maximum(k0 + window - offset, 0)))
+    a = tl.maximum(k0 - offset, 0) // BQ
+    d = tl.maximum(tl.cdiv(end, BQ), a)
+    b = tl.minimum(tl.cdiv(tl.maximum(k0 + BK - 1 - offset, 0), BQ), d)
+    c = tl.maximum(inside_end // BQ, b)
+    return a, b, c, d
+
+
+@triton.jit
+def forward_tile(acc, m, total, query, k, v, b, g, k0, position, window, n_meta, scale,
+                 BE: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
+    """One step of the running softmax: shrink what is there to the new row maximum m, add one key tile."""
+    key = load_tile(k, b, g, k0, BK, BE)
+    score = tl.dot(query, key.T, input_precision="ieee")  # (BQ, BK)
+    if EDGE:
+        seen = visible(position[:, None], k0 + tl.arange(0, BK)[None, :], window, n_meta)
+        score = tl.where(seen, score, float("-inf"))
+    m_new = tl.maximum(m, tl.max(score, 1) * scale)
+    p = tl.exp2(score * scale - m_new[:, None])
+    shrink = tl.exp2(m - m_new)
+    total = total * shrink + tl.sum(p, 1)
+    value = load_tile(v, b, g, k0, BK, BF)
+    acc = tl.dot(p.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")  # (BQ, BF)
+    return acc, m_new, total
+
+
+@triton.jit(do_not_specialize=SIZES)
+def attention_forward(q, k, v, o, lse, T, S, H, R, window, n_meta, scale,
+                      E: tl.constexpr, F: tl.constexpr, BE: tl.constexpr, BF: tl.constexpr,
+                      BQ: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """o_i = sum_j p_ij v_j,  p_ij = exp(s_ij - lse_i),  s_ij = q_i . k_j / sqrt(E),  lse_i = log sum_j exp(s_ij).
+
+    One program a query tile and head; it loops over the key tiles it sees. Floor: 2 (E + F) operations on the tensor
+    core and one exponential a visible pair; q, k, v read and o written once. Programs that run at one time are the
+    heads of one batch entry and neighbouring query tiles, so keys and values come from L2. Late queries go first: in
+    full attention they see the most keys.
+    """
+    h = tl.program_id(0) % H
+    b = tl.program_id(1)
+    q0 = (tl.cdiv(T, BQ) - 1 - tl.program_id(0) // H) * BQ
+    first = q0 + S - T
+    position = first + tl.arange(0, BQ)
+    query = load_tile(q, b, h, q0, BQ, BE)
+    acc = tl.zeros((BQ, BF), tl.float32)
+    m = tl.full((BQ,), -1e30, tl.float32)  # finite: a row that has seen nothing yet stays free of NaN
+    total = tl.zeros((BQ,), tl.float32)
+
+    ka, kb, kc, kd, ke, kf = key_tiles(first, tl.minimum(first + BQ, S) - 1, window, n_meta, BK)
+    for i in tl.range(ka + ke - kd):
+        k0 = tl.where(i < ka, i, i - ka + kd) * BK
+        acc, m, total = forward_tile(acc, m, total, query, k, v, b, h // R, k0, position, window, n_meta, scale,
+                                 BE, BF, BK, False)  # fmt: skip
+    for i in tl.range(kb - ka + kd - kc + kf - ke):
+        tile = tl.where(i < kb - ka, ka + i, i - (kb - ka) + kc)
+        k0 = tl.where(tile < kd, tile, tile - kd + ke) * BK
+        acc, m, total = forward_tile(acc, m, total, query, k, v, b, h // R, k0, position, window, n_meta, scale,
+                                 BE, BF, BK, True)  # fmt: skip
+
+    row = q0 + tl.arange(0, BQ)
+    tl.store(lse + row_offset(b, h, T, H) + row, m + tl.log2(total), mask=row < T)
+    store_tile(o, acc / total[:, None], b, h, q0, T, H, F, F, BQ, BF)
+
+
+@triton.jit
+def backward_q_tile(dq, query, grad, lse, delta, k, v, b, g, k0, position, window, n_meta, scale,
+                    BE: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
+    """dq += ds k for one key tile."""
+    key = load_tile(k, b, g, k0, BK, BE)
+    value = load_tile(v, b, g, k0, BK, BF)
+    score = tl.dot(query, key.T, input_precision="ieee")  # (BQ, BK)
+    dp = tl.dot(grad, value.T, input_precision="ieee")  # (BQ, BK)
+    p = tl.exp2(score * scale - lse[:, None])
+    if EDGE:
+        p = tl.where(visible(position[:, None], k0 + tl.arange(0, BK)[None, :], window, n_meta), p, 0.0)
+    ds = p * (dp - delta[:, None])
+    return tl.dot(ds.to(key.dtype), key, dq, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=SIZES)
+def attention_backward_q(q, k, v, o, do, lse, delta, dq, T, S, H, R, window, n_meta, scale,
+                         E: tl.constexpr, F: tl.constexpr, BE: tl.constexpr, BF: tl.constexpr,
+                         BQ: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """dq_i = sum_j ds_ij k_j / sqrt(E),  ds_ij = p_ij (dp_ij - delta_i),  dp_ij = do_i . v_j,  delta_i = do_i . o_i.
+
+    The forward kernel's walk, with p rebuilt from lse instead of a running softmax. It meets every row of o and do
+    anyway, so it also leaves delta behind for the other kernel. Floor: 2 (2 E + F) operations a visible pair.
+    """
+    h = tl.program_id(0) % H
+    b = tl.program_id(1)
+    q0 = (tl.cdiv(T, BQ) - 1 - tl.program_id(0) // H) * BQ
+    row = q0 + tl.arange(0, BQ)
+    rows = row_offset(b, h, T, H) + row
+
+    grad = load_tile(do, b, h, q0, BQ, BF)
+    out = load_tile(o, b, h, q0, BQ, BF)
+    row_delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
+    tl.store(delta + rows, row_delta, mask=row < T)
+    row_lse = tl.load(lse + rows, mask=row < T, other=0.0)
+    query = load_tile(q, b, h, q0, BQ, BE)
+    acc = tl.zeros((BQ, BE), tl.float32)
+
+    first = q0 + S - T
+    position = first + tl.arange(0, BQ)
+    ka, kb, kc, kd, ke, kf = key_tiles(first, tl.minimum(first + BQ, S) - 1, window, n_meta, BK)
+    for i in tl.range(ka + ke - kd):
+        k0 = tl.where(i < ka, i, i - ka + kd) * BK
+        acc = backward_q_tile(acc, query, grad, row_lse, row_delta, k, v, b, h // R, k0, position, window, n_meta,
+                              scale, BE, BF, BK, False)  # fmt: skip
+    for i in tl.range(kb - ka + kd - kc + kf - ke):
+        tile = tl.where(i < kb - ka, ka + i, i - (kb - ka) + kc)
+        k0 = tl.where(tile < kd, tile, tile - kd + ke) * BK
+        acc = backward_q_tile(acc, query, grad, row_lse, row_delta, k, v, b, h // R, k0, position, window, n_meta,
+                              scale, BE, BF, BK, True)  # fmt: skip
+
+    store_tile(dq, acc * (scale * LN2), b, h, q0, T, H, E, E, BQ, BE)  # ln 2: scale is in units of log2
+
+
+@triton.jit
+def backward_kv_tile(dk, dv, key, value, q, do, lse, delta, b, h, q0, k0, offset, window, n_meta, scale,
+                     BE: tl.constexpr, BF: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+                     EDGE: tl.constexpr):  # fmt: skip
+    """dv += p^T do and dk += ds^T q for one query tile."""
+    row_lse = lse.load([b, h, q0]).reshape(BQ)
+    row_delta = delta.load([b, h, q0]).reshape(BQ)
+    query = load_tile(q, b, h, q0, BQ, BE)
+    grad = load_tile(do, b, h, q0, BQ, BF)
+    score = tl.dot(key, query.T, input_precision="ieee")  # (BK, BQ)
+    p = tl.exp2(score * scale - row_lse[None, :])
+    if EDGE:
+        position = q0 + offset + tl.arange(0, BQ)
+        p = tl.where(visible(position[None, :], k0 + tl.arange(0, BK)[:, None], window, n_meta), p, 0.0)
+    dp = tl.dot(value, grad.T, input_precision="ieee")  # (BK, BQ)
+    dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision="ieee")
+    ds = p * (dp - row_delta[None, :])
+    dk = tl.dot(ds.to(query.dtype), query, dk, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=SIZES)
+def attention_backward_kv(q, k, v, do, lse, delta, dk, dv, partial, T, S, H, R, window, n_meta, scale,
+                          chunk, n_chunk, n_long, E: tl.constexpr, F: tl.constexpr, BE: tl.constexpr,
+                          BF: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """dv_j = sum_i p_ij do_i,  dk_j = sum_i ds_ij q_i / sqrt(E), over the group's R query heads and their rows i.
+
+    One program a key tile and key/value head; it loops over heads and query tiles, so nothing is added atomically and
+    the sums come in one order. Scores are kept transposed, keys down and queries across: p^T and ds^T are then already
+    where the tensor core wants its left operand, in registers. Floor: 2 (2 E + 2 F) operations a visible pair.
+
+    Meta keys are seen by all queries, and would keep one program busy long after the others are done. The first n_long
+    key tiles are therefore split into n_chunk parts, each over `chunk` query tiles, which leave float32 sums in
+    partial (n_chunk, B, n_long * BK, G, E + F) for the launcher to add up.
+    """
+    G = H // R
+    g = tl.program_id(0) % G
+    item = tl.program_id(0) // G
+    b = tl.program_id(1)
+    is_long = item < n_long * n_chunk
+    tile = tl.where(is_long, item // n_chunk, item - n_long * n_chunk + n_long)
+    part = tl.where(is_long, item % n_chunk, 0)
+    k0 = tile * BK
+    key = load_tile(k, b, g, k0, BK, BE)
+    value = load_tile(v, b, g, k0, BK, BF)
+    acc_k = tl.zeros((BK, BE), tl.float32)
+    acc_v = tl.zeros((BK, BF), tl.float32)
+
+    qa, qb, qc, qd = query_tiles(k0, T, S, window, n_meta, BQ, BK)
+    if is_long:
+        qa = tl.maximum(qa, part * chunk)
+        qd = tl.maximum(tl.minimum(qd, part * chunk + chunk), qa)
+        qb = tl.minimum(tl.maximum(qb, qa), qd)
+        qc = tl.minimum(tl.maximum(qc, qb), qd)
+    n = qc - qb
+    for i in tl.range(n * R):
+        q0 = (qb + i % n) * BQ
+        acc_k, acc_v = backward_kv_tile(acc_k, acc_v, key, value, q, do, lse, delta, b, g * R + i // n, q0, k0, S - T,
+                                        window, n_meta, scale, BE, BF, BQ, BK, False)  # fmt: skip
+    n = qb - qa + qd - qc
+    for i in tl.range(n * R):
+        q0 = tl.where(qa + i % n < qb, qa + i % n, qa + i % n - qb + qc) * BQ
+        acc_k, acc_v = backward_kv_tile(acc_k, acc_v, key, value, q, do, lse, delta, b, g * R + i // n, q0, k0, S - T,
+                                        window, n_meta, scale, BE, BF, BQ, BK, True)  # fmt: skip
+
+    acc_k *= scale * LN2
+    if is_long:
+        into = part * tl.num_programs(1) + b
+        store_tile(partial, acc_k, into, g, k0, n_long * BK, G, E + F, E, BK, BE)
+        store_tile(partial + E, acc_v, into, g, k0, n_long * BK, G, E + F, F, BK, BF)
+    else:
+        store_tile(dk, acc_k, b, g, k0, S, G, E, E, BK, BE)
+        store_tile(dv, acc_v, b, g, k0, S, G, F, F, BK, BF)
+
+
+def attention_constants(q: Tensor, v: Tensor) -> dict:
+    """Head sizes, their paddings to powers of two, and the tile: the constants of all three kernels."""
+    E, F = q.shape[-1], v.shape[-1]
+    BQ, BK, num_warps = FLOAT32 if q.dtype == torch.float32 else (QUERIES, KEYS, WARPS)
+    BE, BF = triton.next_power_of_2(E), triton.next_power_of_2(F)
+    return dict(E=E, F=F, BE=BE, BF=BF, BQ=BQ, BK=BK, num_warps=num_warps)
+
+
+def loadable(x: Tensor) -> Tensor:
+    """x (B, T, H, E) itself if the tensor memory accelerator can address it (16-byte steps, dense last dimension)."""
+    steps = [s * x.element_size() for n, s in zip(x.shape[:3], x.stride()[:3], strict=True) if n > 1]
+    aligned = all(s > 0 and s % 16 == 0 for s in steps) and x.stride(3) == 1 and x.data_ptr() % 16 == 0
+    return x if aligned else x.clone(memory_format=torch.contiguous_format)
+
+
+def descriptor(x: Tensor, rows: int, cols: int) -> TensorDescriptor:
+    """x (B, T, H, E), seen as (B, H, T, E) to be loaded in tiles of one head."""
+    # Along a dimension of one, PyTorch's stride means nothing and may be misaligned.
+    b, t, h = (s if n > 1 else 16 for n, s in zip(x.shape[:3], x.stride()[:3], strict=True))
+    return TensorDescriptor(x, [x.shape[i] for i in (0, 2, 1, 3)], [b, h, t, 1], [1, 1, rows, cols])
+
+
+@torch.library.custom_op("hymba::attention", mutates_args=())
+def attention(q: Tensor, k: Tensor, v: Tensor, window: int, n_meta: int) -> tuple[Tensor, Tensor]:
+    """Returns o (B, T, H, F) and lse (B, H, T up to a multiple of 4), float32 and in units of log2."""
+    (B, T, H, E), (S, G) = q.shape, k.shape[1:3]
+    o, lse = q.new_empty(B, T, H, v.shape[-1]), q.new_empty(B, H, -(-T // 4) * 4, dtype=torch.float32)
+    q, k, v = loadable(q), loadable(k), loadable(v)
+    c = attention_constants(q, v)
+    attention_forward[(H * triton.cdiv(T, c["BQ"]), B)](
+        descriptor(q, c["BQ"], c["BE"]), descriptor(k, c["BK"], c["BE"]), descriptor(v, c["BK"], c["BF"]), o, lse,
+        T, S, H, H // G, window, n_meta, math.log2(math.e) / math.sqrt(E), **c, num_stages=2,
+    )  # fmt: skip
+    return o, lse
+
+
+@attention.register_fake
+def _(q, k, v, window, n_meta):
+    B, T, H, _ = q.shape
+    return q.new_empty(B, T, H, v.shape[-1]), q.new_empty(B, H, -(-T // 4) * 4, dtype=torch.float32)
+
+
+@torch.library.custom_op("hymba::attention_backward", mutates_args=())
+def attention_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, window: int, n_meta: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns dq, dk, dv, contiguous."""
+    (B, T, H, E), (_, S, G, F) = q.shape, v.shape
+    dq, dk, dv, delta = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), torch.empty_like(lse)
+    c = attention_constants(q, v)
+    BQ, BK, BE, BF = c["BQ"], c["BK"], c["BE"], c["BF"]
+    q, k, v = descriptor(loadable(q), BQ, BE), descriptor(loadable(k), BK, BE), descriptor(loadable(v), BK, BF)
+    do, o = descriptor(loadable(do), BQ, BF), descriptor(o, BQ, BF)
+    scale = math.log2(math.e) / math.sqrt(E)
+    attention_backward_q[(H * triton.cdiv(T, BQ), B)](
+        q, k, v, o, do, lse, delta, dq, T, S, H, H // G, window, n_meta, scale, **c, num_stages=2
+    )
+
+    chunk = triton.cdiv(CHUNK_QUERIES, BQ)
+    n_chunk = triton.cdiv(triton.cdiv(T, BQ), chunk)
+    n_long = triton.cdiv(min(n_meta, S), BK) if n_chunk > 1 and window < S else 0
+    partial = lse.new_empty(n_chunk, B, n_long * BK, G, E + F)
+    lse, delta = (TensorDescriptor(x, [B, H, T], x.stride(), [1, 1, BQ]) for x in (lse, delta))
+    attention_backward_kv[(G * (n_long * n_chunk + triton.cdiv(S, BK) - n_long), B)](
+        q, k, v, do, lse, delta, dk, dv, partial, T, S, H, H // G, window, n_meta, scale, chunk, n_chunk, n_long,
+        **c, num_stages=3 if E + F <= 192 else 2,
+    )  # fmt: skip
+    if n_long:
+        n = min(n_long * BK, S)
+        total = partial.sum(0)
+        dk[:, :n], dv[:, :n] = total[:, :n, :, :E], total[:, :n, :, E:]
+    return dq, dk, dv
+
+
+@attention_backward.register_fake
+def _(do, q, k, v, o, lse, window, n_meta):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _attention_save(ctx, inputs, output):
+    q, k, v, ctx.window, ctx.n_meta = inputs
+    ctx.save_for_backward(q, k, v, *output)
+
+
+def _attention_grad(ctx, do, _):
+    q, k, v, o, lse = ctx.saved_tensors
+    return *attention_backward(do, q, k, v, o, lse, ctx.window, ctx.n_meta), None, None
+
+
+attention.register_autograd(_attention_grad, setup_context=_attention_save)
+
+
+def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, n_meta: int) -> Tensor:
+    """Causal attention of grouped queries within a sliding window, plus meta tokens that every later query sees.
+
+    q (B, T, H, E), k (B, S, G, E), v (B, S, G, F) -> o (B, T, H, F), with S >= T and H a multiple of G. Query i stands
+    at position S - T + i and sees key j where j <= position and (position - j < window or j < n_meta). The window
+    counts the query itself; None means full causal attention. Scores are scaled by 1 / sqrt(E).
+
+    bfloat16, float16 or float32; softmax and sums in float32. Slices of a fused projection are read in place if they
+    start and step by 16 bytes. Saves q, k, v, o and one float per row for backward. Same bits from run to run.
+
+    Raises ValueError where shapes, sizes or dtypes do not fit.
+    """
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+        raise ValueError(f"q, k, v must be (batch, tokens, heads, size); got {q.shape}, {k.shape}, {v.shape}")
+    (B, T, H, E), (S, G), F = q.shape, k.shape[1:3], v.shape[3]
+    if k.shape != (B, S, G, E) or v.shape != (B, S, G, F):
+        raise ValueError(f"k and v must be ({B}, S, G, {E}) and ({B}, S, G, F) to go with q; got {k.shape}, {v.shape}")
+    if H % G or S < T:
+        raise ValueError(f"need query heads a multiple of key/value heads, and S >= T; got {H=}, {G=}, {S=}, {T=}")
+    if E % 16 or F % 16 or not (16 <= E <= 128 and 16 <= F <= 128):
+        raise ValueError(f"head sizes must be multiples of 16 up to 128; got E = {E}, F = {F}")
+    if n_meta < 0 or (window is not None and window < 1):
+        raise ValueError(f"window must be None or at least 1, and n_meta at least 0; got {window=}, {n_meta=}")
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"q, k, v must all be bfloat16, float16 or float32; got {q.dtype}, {k.dtype}, {v.dtype}")
+    return attention(q, k, v, S if window is None else min(window, S), n_meta)[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Causal depthwise convolution + SiLU
+#
+# y_t = p_t sigmoid(p_t),  p_t = bias + w_0 x_{t-3} + w_1 x_{t-2} + w_2 x_{t-1} + w_3 x_t, channel by channel.
+#
+# It does a dozen operations a value, so its floor is memory: x in and y out. A program owns a strip of channels and
+# walks down the tokens with the last rows in registers, so each row is read once and no two threads ever share a sum.
+# The next row is asked for before this one is used. Strips are cut into runs of tokens to fill the chip; a run reads
+# up to three rows of its neighbours'.
+
+RUN, STRIP, STRIP_WARPS = 64, 512, 4
+
+
+@triton.jit
+def load_tap(weight, cols, D, k: tl.constexpr, K: tl.constexpr):
+    """Column k of weight (D, K) as if K were 4: shorter kernels begin with zeros."""
+    return tl.load(weight + cols * K + (k + K - 4), mask=(cols < D) & (k + K >= 4), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_row(x, t, stride, cols, T, D):
+    """Row t of x, zeros outside 0 ... T."""
+    row = tl.load(x + tl.cast(t, tl.int64) * stride + cols, mask=(cols < D) & (t >= 0) & (t < T), other=0.0)
+    return row.to(tl.float32)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def conv_forward(x, weight, bias, y, T, D, skip, x_b, x_t, K: tl.constexpr, N: tl.constexpr, BD: tl.constexpr):
+    """y (B, T - skip, D): the convolution of x (B, T, D) at rows skip ... T."""
+    b = tl.cast(tl.program_id(2), tl.int64)
+    first = skip + tl.program_id(1) * N
+    cols = tl.program_id(0) * BD + tl.arange(0, BD)
+    x += b * x_b
+    y += b * (T - skip) * D + cols
+    w0, w1 = load_tap(weight, cols, D, 0, K), load_tap(weight, cols, D, 1, K)
+    w2, w3 = load_tap(weight, cols, D, 2, K), load_tap(weight, cols, D, 3, K)
+    c = tl.load(bias + cols, mask=cols < D, other=0.0).to(tl.float32)
+    x3, x2 = load_row(x, first - 3, x_t, cols, T, D), load_row(x, first - 2, x_t, cols, T, D)
+    x1, x0 = load_row(x, first - 1, x_t, cols, T, D), load_row(x, first, x_t, cols, T, D)
+    for t in tl.range(first, tl.minimum(first + N, T)):
+        ahead = load_row(x, t + 1, x_t, cols, T, D)
+        p = c + w0 * x3 + w1 * x2 + w2 * x1 + w3 * x0
+        tl.store(y + tl.cast(t - skip, tl.int64) * D, (p * tl.sigmoid(p)).to(y.dtype.element_ty), mask=cols < D)
+        x3, x2, x1, x0 = x2, x1, x0, ahead
+
+
+@triton.jit(do_not_specialize=SIZES)
+def conv_backward(x, weight, bias, dy, dx, partial, T, D, skip, x_b, x_t, dy_b, dy_t,
+                  K: tl.constexpr, N: tl.constexpr, BD: tl.constexpr):  # fmt: skip
+    """dx_t = w_3 g_t + w_2 g_{t+1} + w_1 g_{t+2} + w_0 g_{t+3},  dw_k = sum_t g_t x_{t-3+k},  dbias = sum_t g_t,
+    with g = dy * silu'(p), p computed anew and silu'(p) = s + p s (1 - s), s = sigmoid(p).
+
+    Row t's g goes to four rows of dx: a1, a2, a3 hold the unfinished ones. (Holding the last three g instead would read
+    better, but Triton 3.6 miscompiles a loop whose values only move along, g3, g2 = g2, g1, if all start out equal.)
+    Each run of tokens leaves its sums of dw and dbias in partial (runs, 5, D).
+    """
+    b = tl.cast(tl.program_id(2), tl.int64)
+    first = tl.program_id(1) * N
+    cols = tl.program_id(0) * BD + tl.arange(0, BD)
+    x += b * x_b
+    dy += b * dy_b
+    dx += b * T * D + cols
+    w0, w1 = load_tap(weight, cols, D, 0, K), load_tap(weight, cols, D, 1, K)
+    w2, w3 = load_tap(weight, cols, D, 2, K), load_tap(weight, cols, D, 3, K)
+    c = tl.load(bias + cols, mask=cols < D, other=0.0).to(tl.float32)
+    x3, x2 = load_row(x, first - 3, x_t, cols, T, D), load_row(x, first - 2, x_t, cols, T, D)
+    x1, x0 = load_row(x, first - 1, x_t, cols, T, D), load_row(x, first, x_t, cols, T, D)
+    g = load_row(dy, first - skip, dy_t, cols, T - skip, D)
+    zero = tl.zeros((BD,), tl.float32)
+    a1, a2, a3 = zero, zero, zero
+    d0, d1, d2, d3, dc = zero, zero, zero, zero, zero
+    for t in tl.range(first, first + N + 3):
+        ahead_x = load_row(x, t + 1, x_t, cols, T, D)
+        ahead_g = load_row(dy, t + 1 - skip, dy_t, cols, T - skip, D)
+        p = c + w0 * x3 + w1 * x2 + w2 * x1 + w3 * x0
+        s = tl.sigmoid(p)
+        g = g * (s + p * s * (1 - s))
+        tl.store(dx + tl.cast(t - 3, tl.int64) * D, (a3 + w0 * g).to(dx.dtype.element_ty),
+                 mask=(cols < D) & (t >= first + 3) & (t - 3 < T))  # fmt: skip
+        a3, a2, a1 = a2 + w1 * g, a1 + w2 * g, w3 * g
+        g = tl.where(t < first + N, g, 0.0)  # rows of the next run count for dx, not for the sums
+        d0, d1, d2, d3, dc = d0 + g * x3, d1 + g * x2, d2 + g * x1, d3 + g * x0, dc + g
+        x3, x2, x1, x0, g = x2, x1, x0, ahead_x, ahead_g
+    partial += (b * tl.num_programs(1) + tl.program_id(1)) * 5 * D + cols
+    tl.store(partial, d0, mask=cols < D)
+    tl.store(partial + D, d1, mask=cols < D)
+    tl.store(partial + 2 * D, d2, mask=cols < D)
+    tl.store(partial + 3 * D, d3, mask=cols < D)
+    tl.store(partial + 4 * D, dc, mask=cols < D)
+
+
+@torch.library.custom_op("hymba::conv", mutates_args=())
+def conv(x: Tensor, weight: Tensor, bias: Tensor, skip: int) -> Tensor:
+    B, T, D = x.shape
+    y = x.new_empty(B, T - skip, D)
+    grid = (triton.cdiv(D, STRIP), triton.cdiv(T - skip, RUN), B)
+    conv_forward[grid](
+        x, weight, bias, y, T, D, skip, *x.stride()[:2], weight.shape[1], RUN, STRIP, num_warps=STRIP_WARPS
+    )
+    return y
+
+
+@conv.register_fake
+def _(x, weight, bias, skip):
+    return x.new_empty(x.shape[0], x.shape[1] - skip, x.shape[2])
+
+
+@torch.library.custom_op("hymba::conv_backward", mutates_args=())
+def conv_backward_op(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, skip: int) -> tuple[Tensor, Tensor]:
+    """Returns dx and (5, D) float32: the gradients of four taps and the bias."""
+    B, T, D = x.shape
+    dy = dy if dy.stride(2) == 1 else dy.contiguous()
+    dx, partial = x.new_empty(B, T, D), x.new_empty(B * triton.cdiv(T, RUN), 5, D, dtype=torch.float32)
+    conv_backward[(triton.cdiv(D, STRIP), triton.cdiv(T, RUN), B)](
+        x, weight, bias, dy, dx, partial, T, D, skip, *x.stride()[:2], *dy.stride()[:2], weight.shape[1], RUN, STRIP,
+        num_warps=STRIP_WARPS,
+    )  # fmt: skip
+    return dx, partial.sum(0)
+
+
+@conv_backward_op.register_fake
+def _(dy, x, weight, bias, skip):
+    return x.new_empty(x.shape), x.new_empty(5, x.shape[2], dtype=torch.float32)
+
+
+def _conv_save(ctx, inputs, output):
+    *tensors, ctx.skip = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _conv_grad(ctx, dy):
+    x, weight, bias = ctx.saved_tensors
+    dx, sums = conv_backward_op(dy, x, weight, bias, ctx.skip)
+    return dx, sums[4 - weight.shape[1] : 4].T.to(weight.dtype), sums[4].to(bias.dtype), None
+
+
+conv.register_autograd(_conv_grad, setup_context=_conv_save)
+
+
+def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Causal depthwise convolution over tokens, then SiLU.
+
+    x (B, T, D) with channels dense, weight (D, K) with K from 2 to 4, bias (D,), tail (B, K - 1, D) the inputs before x
+    or None for zeros -> y (B, T, D) in x's dtype, and the new tail (B, K - 1, D), a view: copy it to keep it.
+    Sums are in float32. Raises ValueError where shapes do not fit.
+    """
+    (B, T, D), K = x.shape, weight.shape[-1]
+    if weight.shape != (D, K) or bias.shape != (D,) or not 2 <= K <= 4:
+        raise ValueError(f"weight must be ({D}, 2 to 4) and bias ({D},) to go with x; got {weight.shape}, {bias.shape}")
+    if tail is not None and tail.shape != (B, K - 1, D):
+        raise ValueError(f"tail must be ({B}, {K - 1}, {D}); got {tail.shape}")
+    if tail is None and T >= K - 1:
+        return conv(x if x.stride(2) == 1 else x.contiguous(), weight.contiguous(), bias, 0), x[:, T - K + 1 :]
+    tail = x.new_zeros(B, K - 1, D) if tail is None else tail.to(x.dtype)
+    x = torch.cat([tail, x], 1)
+    return conv(x, weight.contiguous(), bias, K - 1), x[:, T:]
