@@ -30,8 +30,10 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 try:
@@ -81,10 +83,12 @@ class HymbaConfig:
         for letter in self.pattern:
             if letter not in "TtMHh":
                 raise ValueError(f"pattern '{self.pattern}': unknown letter '{letter}'; use T, t, M, H or h")
+        if self.rope_orig and self.head_size == 2:
+            raise ValueError("rope_orig needs heads of at least 4 channels: NTK's exponent is E / (E - 2)")
         if len(self.pattern) != n:
             raise ValueError(f"pattern '{self.pattern}' has {len(self.pattern)} letters but n_layer={n}; leave one out")
-        if self.fusion not in ("mean", "diff", "concat"):
-            raise ValueError(f"fusion='{self.fusion}': use mean, diff or concat")
+        if self.fusion not in FUSE:
+            raise ValueError(f"fusion='{self.fusion}': use {', '.join(FUSE)}")
         if set(self.pattern) != {"M"}:  # attention heads must come out even
             if self.n_head % self.n_kv_head:
                 raise ValueError(f"n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}")
@@ -158,6 +162,7 @@ class _Recurrence(torch.autograd.Function):
         return y, h
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy, dh):
         x, dt, A, B, C, *kept = ctx.saved_tensors
         dA, (dx, ddt, dB, dC) = torch.zeros_like(A), (torch.empty_like(u) for u in (x, dt, B, C))
@@ -286,6 +291,13 @@ def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
+FUSE = {
+    "mean": lambda attn, ssm: (attn + ssm) / 2,
+    "diff": lambda attn, ssm: attn - ssm,
+    "concat": lambda attn, ssm: torch.cat([attn, ssm], dim=-1),
+}
+
+
 class HybridHeads(nn.Module):
     """The token mixer of every kind of block: attention heads, SSM heads, or both in parallel on the same input.
 
@@ -299,11 +311,7 @@ class HybridHeads(nn.Module):
         super().__init__()
         letter, C, D = config.pattern[layer], config.n_embd, config.d_inner
         self.layer, self.n_meta, self.kernels = layer, config.n_meta, config.kernels
-        self.fuse = {
-            "mean": lambda attn, ssm: (attn + ssm) / 2,
-            "diff": lambda attn, ssm: attn - ssm,
-            "concat": lambda attn, ssm: torch.cat([attn, ssm], dim=-1),
-        }[config.fusion]
+        self.fusion = config.fusion
         self.has_attn, self.has_ssm = letter != "M", letter in "MHh"
         self.window = config.window if letter in "th" else None
         self.owns_kv = config.kv_owner[layer] == layer
@@ -347,7 +355,8 @@ class HybridHeads(nn.Module):
             kv = (k, v) if cache is None else cache.append(self.layer, self.window, k, v)
         if cache is not None and T == 1:
             return decode_attention(q, *kv, cache.pos).flatten(2), kv
-        attention = kernels.windowed_attention if self.fast(q) else windowed_attention
+        llama = self.window is None and self.F == self.E  # PyTorch's own causal attention is as fast here
+        attention = kernels.windowed_attention if self.fast(q) and not llama else windowed_attention
         return attention(q, *kv, self.window, self.n_meta).flatten(2), kv
 
     def scan(self, x, z, cache):
@@ -373,7 +382,7 @@ class HybridHeads(nn.Module):
             y, kv = self.attend(parts, rope, kv, cache)  # (B, T, H F)
         if self.has_ssm:
             s = self.scan(*parts, cache)  # (B, T, D)
-            y = s if not self.has_attn else self.fuse(self.attn_norm(y), self.ssm_norm(s))
+            y = s if not self.has_attn else FUSE[self.fusion](self.attn_norm(y), self.ssm_norm(s))
         return self.out_proj(y), kv
 
 
@@ -427,7 +436,7 @@ class Cache:
 
     def __init__(self, config: HymbaConfig, batch_size: int, n_tokens: int, dtype: torch.dtype, device: torch.device):
         c, new = config, lambda *shape, dtype=dtype: torch.zeros(batch_size, *shape, dtype=dtype, device=device)
-        self.n_meta, self.capacity = c.n_meta, n_tokens
+        self.n_meta, self.pattern, self.capacity = c.n_meta, c.pattern, n_tokens
         self.pos = torch.zeros(batch_size, dtype=torch.long, device=device)  # tokens each row has seen, meta included
         self.longest, self.ragged = 0, False  # the largest of pos and whether they differ, known without a device sync
         self.kv, self.ssm = {}, {}  # by block
@@ -438,7 +447,6 @@ class Cache:
                 self.kv[i] = new(slots, c.n_kv_head, c.head_size), new(slots, c.n_kv_head, value_size)
             if letter in "MHh":
                 self.ssm[i] = new(c.d_conv - 1, c.d_inner), new(c.d_inner, c.d_state, dtype=torch.float32)
-        self.full = [i for i in self.kv if c.pattern[i] in "TH"]
 
     @property
     def nbytes(self) -> int:
@@ -456,8 +464,9 @@ class Cache:
         """Make room for n_tokens more in every row; buffers at least double, so that growing costs O(1) a token."""
         if (need := self.longest + n_tokens - self.n_meta) > self.capacity:
             more, self.capacity = max(self.capacity, need - self.capacity), max(2 * self.capacity, need)
-            for i in self.full:
-                self.kv[i] = tuple(F.pad(u, (0, 0, 0, 0, 0, more)) for u in self.kv[i])  # along the slots
+            for i in self.kv:
+                if self.pattern[i] in "TH":
+                    self.kv[i] = tuple(F.pad(u, (0, 0, 0, 0, 0, more)) for u in self.kv[i])  # along the slots
 
     def append(self, layer: int, window: int | None, k: Tensor, v: Tensor):
         """Store k, v (B, T, G, E or F) and return what this call's queries see: (B, S, G, E), (B, S, G, F).
@@ -493,7 +502,7 @@ class Cache:
 # ----------------------------------------------------------------------------------------------------------------------
 # The model
 
-# Dense bf16 peak of a GPU by the name it reports, FLOP/s (vendors' data sheets, without sparsity)
+# Dense bf16 peak of a GPU by words of the name it reports, FLOP/s (vendors' data sheets, without sparsity)
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
               "L4": 121e12, "A10": 125e12, "4090": 165e12, "3090": 71e12}  # fmt: skip
 
@@ -586,26 +595,21 @@ class Hymba(nn.Module):
     def new_cache(self, batch_size: int, n_tokens: int) -> Cache:
         """A cache for batch_size sequences that has seen the meta tokens and has room for n_tokens before it grows.
 
-        The meta tokens run once per model, not per cache; changed weights are noticed and run them again.
+        The meta tokens run once per model, not per cache; weights that were changed in place, as optimizers and
+        load_state_dict do, are noticed and run them again.
         """
         device, dtype = self.embed.weight.device, self.embed.weight.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-        cache = Cache(self.config, batch_size, n_tokens, dtype, device)
-        if self.meta is not None:
-            stamp = [(dtype, p.data_ptr(), p._version) for p in self.parameters()]
-            if self._meta_cache is None or self._meta_cache[0] != stamp:
-                once = Cache(self.config, 1, 0, dtype, device)
+        stamp = [str(self.config), dtype, [(p.data_ptr(), p._version) for p in self.parameters()]]
+        if self._meta_cache is None or self._meta_cache[0] != stamp:
+            once = Cache(self.config, 1, 0, dtype, device)
+            if self.meta is not None:
                 with torch.no_grad():
                     self.run(self.meta[None], once)
-                self._meta_cache = stamp, once
-            once = self._meta_cache[1]
-            cache.pos += once.pos
-            cache.longest = once.longest
-            for mine, theirs in [(cache.kv, once.kv), (cache.ssm, once.ssm)]:
-                for i in mine:
-                    for u, seen in zip(mine[i], theirs[i], strict=True):
-                        u[:, : seen.shape[1]] = seen
+            self._meta_cache = stamp, once
+        cache = self._meta_cache[1].map(lambda u: u.repeat_interleave(batch_size, dim=0))
+        cache.reserve(n_tokens)
         return cache
 
     @torch.no_grad()
@@ -636,16 +640,17 @@ class Hymba(nn.Module):
         rows = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # prompts still going, in order of length
         longest = len(prompts[rows[-1]])
         cache = self.new_cache(len(rows), longest + (256 if max_new_tokens is None else max_new_tokens))
-        rngs = {i: torch.Generator(device).manual_seed(seed * 1_000_003 + i) for i in rows}
+        rngs = {i: torch.Generator(device).manual_seed((seed * 1_000_003 + i) % 2**63) for i in rows}
 
-        x = []  # prefill: rows of equal length together, each group writing into its own rows of the cache
-        for n in sorted({len(p) for p in prompts}):
-            group = [j for j, i in enumerate(rows) if len(prompts[i]) == n]
-            part = cache.map(lambda u, group=group: u[group[0] : group[-1] + 1])
-            idx = torch.tensor([list(prompts[rows[j]]) for j in group], device=device)
+        x, done = [], 0  # prefill: rows of equal length together, each group writing into its own rows of the cache
+        for _, group in groupby([prompts[i] for i in rows], key=len):
+            idx = torch.tensor([list(prompt) for prompt in group], device=device)
+            own = slice(done, done + len(idx))
+            part = cache.map(lambda u, own=own: u[own])
             for piece in idx.split(4096, dim=1):  # bounds the memory of long prompts
                 last = self.hidden(piece, part)[:, -1]
             x.append(last)
+            done += len(idx)
         cache.longest, cache.ragged = part.longest, len(x) > 1
         x = torch.cat(x)  # (B, C)
 
@@ -704,8 +709,8 @@ class Hymba(nn.Module):
 
         None on a device whose peak is not in PEAK_FLOPS (CPUs among them).
         """
-        name = torch.cuda.get_device_name() if self.embed.weight.is_cuda else ""
-        peak = next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), None)
+        name = torch.cuda.get_device_name().replace("-", " ") if self.embed.weight.is_cuda else ""
+        peak = next((peak for gpu, peak in PEAK_FLOPS.items() if set(gpu.split()) <= set(name.split())), None)
         return peak and self.flops_per_token() * tokens_per_second / peak
 
     def save_pretrained(self, folder: str | Path, **extra) -> None:
@@ -729,8 +734,10 @@ class Hymba(nn.Module):
             model = cls(HymbaConfig(**config["model"]))
         try:
             model.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
-        except RuntimeError as e:
+        except RuntimeError as e:  # names each missing, unexpected or misshapen tensor
             raise ValueError(f"the tensors in {folder} do not fit its config: {' '.join(str(e).split())}") from None
+        except SafetensorError as e:
+            raise ValueError(f"{folder / 'model.safetensors'} is corrupt: {e}") from None
         return model.requires_grad_()
 
 

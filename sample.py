@@ -56,7 +56,11 @@ def main(argv: list[str]) -> None:
     newest = runs and [f.parent for f in runs if f.parts[:2] == runs[-1].parts[:2]]  # of the newest run
     folder = Path(args.init_from or min(newest))  # best before last
     auto = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = torch.device(args.device or auto)
+    try:
+        device = torch.device(args.device or auto)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"device={args.device}: there is none here; leave it out or use {auto}") from None
     model = Hymba.from_pretrained(folder).to(device).eval()
     tokenizer = prepare.load_tokenizer(json.loads((folder / "config.json").read_text())["tokenizer"], folder)
     print(f"{folder}: {model.config.pattern}, {model.num_params():,} parameters, on {device}", file=sys.stderr)
@@ -69,9 +73,10 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows ?
     try:
         main(sys.argv[1:])
-    except (ValueError, FileNotFoundError) as e:
+    except (ValueError, OSError) as e:
         sys.exit(f"sample.py: {e}")
     except KeyboardInterrupt:
         sys.exit(130)

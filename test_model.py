@@ -121,7 +121,7 @@ def compare_with_grads(f, ref, inputs: dict, dtype=torch.float32, device="cpu") 
 )
 def test_scan_against_float64_loop(shape, given, seed):
     forward, backward = compare_with_grads(selective_scan, scan_loop, scan_inputs(*shape, seed, given))
-    assert forward < 1e-5 and backward < 1e-5
+    assert forward < 1e-5 and backward < 1e-4
 
 
 def test_scan_in_pieces_and_extremes():
@@ -182,7 +182,7 @@ def test_attention_against_dense_mask(T, cached, window, n_meta, heads, seed):
     forward, backward = compare_with_grads(
         lambda **k: windowed_attention(**k, **rule), lambda **k: dense_attention(**k, **rule), inputs
     )
-    assert forward < 1e-5 and backward < 1e-5
+    assert forward < 1e-5 and backward < 1e-4
 
 
 def test_conv_against_conv1d():
@@ -223,7 +223,7 @@ def poisoned(monkeypatch):
     """New tensors begin as NaN, so that what a kernel does not write shows; small tiles for the interpreter."""
     for where, name in ((torch.Tensor, "new_empty"), (torch, "empty"), (torch, "empty_like")):
         f = getattr(where, name)
-        nan = lambda u: u.fill_(math.nan) if u.is_floating_point() else u  # noqa: E731
+        nan = lambda u: (u.detach().fill_(math.nan), u)[1] if u.is_floating_point() else u  # noqa: E731
         monkeypatch.setattr(where, name, lambda *a, f=f, nan=nan, **k: nan(f(*a, **k)))
     if not GPU:
         for name, value in dict(QUERIES=16, KEYS=16, FLOAT32=(16, 16, 4), CHUNK_QUERIES=16, RUN=16, STRIP=32).items():
@@ -244,7 +244,7 @@ def check(f, ref, inputs, dtype, device):
 @pytest.mark.parametrize("case", range(6))
 def test_scan_kernel(case, dtype, device, poisoned, monkeypatch):
     rng = np.random.default_rng(case)
-    T = [1, 2, 9, 24, 31, 40] if device == "cpu" else [1, 2, 127, 128, 129, 600]
+    T = [1, 2, 9, 19, 17, 24] if device == "cpu" else [1, 2, 127, 128, 129, 600]
     D = int(rng.integers(1, 40 if device == "cpu" else 700))
     N = [16, 5, 1, 16, 33, 16][case] if device == "cuda" else [16, 5, 1, 16, 3, 16][case]
     given = {k: bool(rng.integers(2)) or case == 0 for k in ("D", "z", "dt_bias", "state")}
@@ -312,27 +312,29 @@ def test_conv_kernel(T, K, with_tail, device, poisoned):
 @on_device
 @pytest.mark.parametrize("pattern", ["hH", "Mt"])
 def test_model_with_kernels_equals_model_without(pattern, device, poisoned):
-    fast, slow = (small(pattern, n_embd=64, kernels=on, n_meta=5).to(device) for on in (True, False))
-    idx, targets = tokens(2, 40).to(device), tokens(2, 40, seed=2).to(device)
+    fast, slow = (small(pattern, n_head=2, n_kv_head=1, kernels=on).to(device) for on in (True, False))
+    idx, targets = tokens(2, 24).to(device), tokens(2, 24, seed=2).to(device)
     losses = [m(idx, targets)[1] for m in (fast, slow)]
     grads = [torch.autograd.grad(loss, list(m.parameters())) for loss, m in zip(losses, (fast, slow), strict=True)]
     assert error(*losses) < 1e-5 and max(error(a, b) for a, b in zip(*grads, strict=True)) < 1e-3
     again = torch.autograd.grad(fast(idx, targets)[1], list(fast.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(grads[0], again, strict=True))
     with torch.no_grad():
-        cache = fast.new_cache(2, 40)
-        out = torch.cat([fast(piece, cache=cache)[0] for piece in idx.split([20, 1, 12, 1, 6], dim=1)], 1)
+        cache = fast.new_cache(2, 24)
+        out = torch.cat([fast(piece, cache=cache)[0] for piece in idx.split([10, 1, 12, 1], dim=1)], 1)
         assert error(out, slow(idx)[0]) < 1e-5
 
 
 @on_device
 def test_kernels_compile_without_graph_breaks(device):
-    model = small("hMH", n_embd=64, kernels=True).to(device)
-    idx = tokens(2, 20).to(device)
+    model = small("hM", n_head=2, n_kv_head=1, kernels=True).to(device)
+    idx = tokens(2, 8).to(device)
     compiled = torch.compile(model, fullgraph=True, backend="inductor" if GPU else "aot_eager")
-    with torch.autocast(device, torch.bfloat16 if GPU else torch.float16, enabled=GPU):
-        a, b = (torch.autograd.grad(m(idx, idx)[1], list(model.parameters())) for m in (model, compiled))
-    assert max(error(x, y) for x, y in zip(a, b, strict=True)) < (3e-2 if GPU else 1e-5)
+    a, b = (torch.autograd.grad(m(idx, idx)[1], list(model.parameters())) for m in (model, compiled))
+    assert max(error(x, y) for x, y in zip(a, b, strict=True)) < 1e-4
+    with torch.autocast(device, torch.bfloat16, enabled=GPU):
+        compiled(idx, idx)[1].backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 @pytest.mark.gpu
@@ -412,6 +414,37 @@ def test_baseline_configs_match_in_parameters():
             counts[name] = Hymba(HymbaConfig(**args, vocab_size=32000)).num_params()
     assert all(abs(n / counts["hymba"] - 1) < 0.02 for n in counts.values()), counts
     assert all(train.parse([str(f)]) for f in (ROOT / "config").glob("*.py"))
+
+
+@pytest.mark.parametrize("fusion", ["mean", "diff", "concat"])
+@pytest.mark.parametrize("letter", ["H", "h"])
+def test_hybrid_heads_against_a_plain_forward(letter, fusion):
+    """A block's mixer in float64, from the released format's words: row order, norms, RoPE, mask, gate, fusion."""
+    model = small(letter, fusion=fusion).double()
+    m, M, x = model.blocks[0].mixer, 5, torch.randn(2, 30, 32, dtype=torch.float64)
+    with torch.no_grad():
+        y, _ = m(x, model_module.rope_angles(model.config, torch.arange(30)[None]), None, None)
+    w = {name: p.detach() for name, p in m.named_parameters()}
+    rms = lambda u, scale: u / (u.square().mean(-1, keepdim=True) + 1e-6).sqrt() * scale  # noqa: E731
+    u = x @ w["in_proj.weight"].T
+    q, k, v, s, z = u[..., :32], u[..., 32:48], u[..., 48:80], u[..., 80:144], u[..., 144:]
+    angle = torch.arange(30.0).double()[:, None] * 10000.0 ** (-torch.arange(4).double() / 4)
+    turn = torch.polar(torch.ones_like(angle), angle)[None, :, None]  # channel i and i + E / 2 as one complex number
+
+    def rotate(u, heads):
+        u = torch.complex(*u.reshape(2, 30, heads, 2, 4).unbind(3)) * turn
+        return torch.cat([u.real, u.imag], -1)
+
+    window = model.config.window if letter == "h" else None
+    attn = dense_attention(rotate(q, 4), rotate(k, 2), v.reshape(2, 30, 2, 16), window, M).reshape(2, 30, 64)
+    s = F.silu(F.conv1d(F.pad(s.mT, (3, 0)), w["conv_weight"][:, None], w["conv_bias"], groups=64)).mT
+    p = s @ w["x_proj.weight"].T
+    dt = rms(p[..., :2], w["dt_norm.weight"]) @ w["dt_proj.weight"].T
+    B, C = rms(p[..., 2:6], w["B_norm.weight"]), rms(p[..., 6:], w["C_norm.weight"])
+    ssm, _ = scan_loop(s, dt, -w["A_log"].exp(), B, C, w["D"], z, w["dt_bias"])
+    a, b = rms(attn, w["attn_norm.weight"]), rms(ssm, w["ssm_norm.weight"])
+    fused = {"mean": (a + b) / 2, "diff": a - b, "concat": torch.cat([a, b], -1)}[fusion]
+    assert error(y, fused @ w["out_proj.weight"].T) < 1e-5  # RoPE, norms and A are float32
 
 
 def test_kv_sharing():
@@ -594,7 +627,7 @@ def test_runs_alone_with_kernels_absent(tmp_path):
         ({"pattern": "HhH", "n_layer": 4}, "has 3 letters but n_layer=4"),
         ({"n_head": 8, "n_kv_head": 3}, "n_head=8 is not a multiple of n_kv_head=3"),
         ({"n_embd": 100, "n_head": 8}, "n_embd=100 is not a multiple of 2 * n_head=16"),
-        ({"fusion": "sum"}, "use mean, diff or concat"),
+        ({"fusion": "sum"}, "use mean, diff, concat"),
         ({"window": 0}, "window=0: must be 1 or more"),
         ({"n_meta": -1}, "n_meta=-1: must be 0 or more"),
     ],
@@ -687,6 +720,7 @@ def test_generate_stops_and_samples():
         assert row[:n] == expected[:n] and set(row[n:]) <= {None}
     one = list(model.generate([prompts[2]], 30, temperature=0, stop=stop))
     assert len(one) == list(free[2]).index(stop)  # ends when all rows have
+    assert any(a != b for a, b in model.generate([[1], [1]], 20, temperature=5.0, seed=2**60))
     draws = [t for (t,) in model.generate([[1]], 200, temperature=5.0, seed=1)]
     assert draws == [t for (t,) in model.generate([[1]], 200, temperature=5.0, seed=1)]
     assert draws != [t for (t,) in model.generate([[1]], 200, temperature=5.0, seed=2)]
@@ -771,16 +805,20 @@ def run_train(root: Path, *flags: str, launcher=(), wait: bool = True, **env):
     command = [sys.executable, *launcher, str(ROOT / "train.py"), *TINY, f"--data_dir={root / 'data'}", *flags]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"} | env
     pipe = subprocess.PIPE
-    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env, cwd=root)
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env, cwd=root, start_new_session=True)
     if not wait:
         return process
-    stdout, stderr = process.communicate(timeout=120)
+    try:
+        stdout, stderr = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # torchrun's children, too
+        raise
     return process.returncode, stdout, stderr
 
 
-def losses(out: Path) -> dict[int, float]:
+def losses(out: Path, key: str = "loss") -> dict[int, float]:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+    return {line["step"]: line[key] for line in lines if key in line}
 
 
 def test_kill_and_resume_to_the_bit(corpus, tmp_path):
@@ -803,13 +841,34 @@ def test_kill_and_resume_to_the_bit(corpus, tmp_path):
     if stopped < 24:
         code, out, err = run_train(corpus, f"--out_dir={cut}", "--resume")
         assert code == 0, err
-    assert losses(cut) == losses(whole)
+    assert losses(cut) == losses(whole) and losses(cut, "val_loss") == losses(whole, "val_loss")
+    meta = json.loads((corpus / "data/words/meta.json").read_text())["val"]
+    for step, loss in losses(whole, "val_loss").items():
+        bits = loss * meta["tokens"] / (meta["bytes"] * math.log(2))
+        assert abs(losses(whole, "val_bpb")[step] - bits) < 1e-9
+    best = min(losses(cut, "val_loss").items(), key=lambda item: item[1])
+    saved = json.loads((cut / "best/config.json").read_text())
+    assert (saved["step"], saved["best_val_loss"]) == best
     a, b = (Hymba.from_pretrained(folder / "last").state_dict() for folder in (whole, cut))
     assert all(torch.equal(a[k], b[k]) for k in a)
     code, _, err = run_train(corpus, f"--out_dir={cut}", "--resume")
     assert code == 1 and "raise --max_steps" in err
     code, _, err = run_train(corpus, f"--out_dir={cut}")
     assert code == 1 and "--resume continues it" in err
+    shutil.copytree(corpus / "data", tmp_path / "data")
+    meta_file = tmp_path / "data/words/meta.json"
+    meta_file.write_text(meta_file.read_text().replace('"bytes",', '"cl100k_base",', 1))
+    data = f"--data_dir={tmp_path / 'data'}"
+    code, _, err = run_train(corpus, f"--out_dir={cut}", "--resume", "--max_steps=30", data)
+    assert code == 1 and "was trained with another tokenizer (bytes)" in err
+    with (cut / "metrics.jsonl").open("a") as f:
+        f.write('{"step": 13, "lo')  # as a crash leaves it
+    code, out, err = run_train(corpus, f"--out_dir={cut}", "--resume", "--max_steps=25", "--grad_clip=0.1")
+    assert code == 0 and "other values of grad_clip" in out and sorted(losses(cut)) == list(range(1, 26)), err
+    weights = (cut / "last/model.safetensors").read_bytes()
+    (cut / "last/model.safetensors").write_bytes(weights[:1000])
+    code, _, err = run_train(corpus, f"--out_dir={cut}", "--resume", "--max_steps=30")
+    assert code == 1 and "model.safetensors is corrupt" in err and len(err.splitlines()) == 1
     code, _, err = run_train(corpus, f"--out_dir={cut}", "--resume", "--max_steps=30", "--n_hidden=48")
     assert code == 1 and "another architecture: n_hidden=32 there and 48 here" in err
 
@@ -831,7 +890,7 @@ def test_two_processes_equal_one_with_twice_the_batch(corpus, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     code, _, err = run_train(corpus, f"--out_dir={one}", "--batch_size=4", "--max_steps=8", "--grad_accum=2")
     assert code == 0, err
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     flags = ("--batch_size=2", "--max_steps=8", "--grad_accum=2")
     code, _, err = run_train(corpus, f"--out_dir={two}", *flags, launcher=launcher)
     assert code == 0, err
@@ -850,6 +909,13 @@ def test_annealing_and_length_curriculum(corpus, tmp_path):
     code, out, err = run_train(corpus, f"--out_dir={tmp_path}", *flags)
     assert code == 0, err
     assert Hymba.from_pretrained(tmp_path / "last").config.block_size == 48
+    code, out, err = run_train(corpus, f"--out_dir={tmp_path / 'plain'}", flags[2], "--rope_orig=24")
+    with_anneal, plain = losses(tmp_path), losses(tmp_path / "plain")
+    assert all((with_anneal[k] == plain[k]) == (k <= 18) for k in range(1, 25))  # the last six steps decay
+    shutil.copytree(corpus / "data", tmp_path / "data")
+    (tmp_path / "data/other/tokenizer.tiktoken").write_text("IQ== 0")
+    code, out, err = run_train(corpus, f"--out_dir={tmp_path / 'x'}", f"--data_dir={tmp_path / 'data'}", *flags[:2])
+    assert code == 1 and "words and other have different tokenizers" in err
     cfg, _ = train.parse(["--length_stages=24:16,48:8", "--max_steps=24", "--batch_size=2"])
     assert train.parse_stages(cfg, 24) == [(0, 24), (16, 48)]
     for stages, message in [
@@ -908,13 +974,20 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(train, "save_file", full)
-    with pytest.raises(OSError, match="No space left"):
-        train.save_checkpoint(folder, model, optimizer, {"step": 2}, Path("none"))
+    def full_as_safetensors_says_it(*args):
+        raise train.SafetensorError("I/O error: No space left on device")
+
+    for error_ in (full, full_as_safetensors_says_it):
+        monkeypatch.setattr(train, "save_file", error_)
+        with pytest.raises(OSError, match="No space left"):
+            train.save_checkpoint(folder, model, optimizer, {"step": 2}, Path("none"))
     assert [f.name for f in tmp_path.iterdir()] == ["last"]
     assert sorted((f.name, f.read_bytes()) for f in folder.iterdir()) == before
     folder.rename(tmp_path / "last.old")  # as if it stopped between the two renames
-    assert train.load_checkpoint(folder, model, optimizer)["step"] == 1
+    folder = tmp_path / "last"
+    config = json.loads((tmp_path / "last.old/config.json").read_text()) | {"tokenizer": "bytes"}
+    (tmp_path / "last.old/config.json").write_text(json.dumps(config))
+    assert train.load_checkpoint(folder, model, optimizer, "bytes", Path("none"))["step"] == 1
 
 
 @pytest.mark.parametrize(
@@ -934,6 +1007,10 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         (["--vocab_size=100"], "vocab_size=100 is too small for data set words"),
         (["--block_size=100000"], "too few for sequences of 100000"),
         (["--resume"], "nothing to resume"),
+        (["--device=cuda:99"], "device=cuda:99: there is none here"),
+        (["--batch=3"], "unknown flag 'batch'"),
+        (["--grad_clip=-1"], "grad_clip=-1.0: must be 0 or more"),
+        (["--seed=-1"], "seed=-1: must be 0 or more"),
     ],
 )
 def test_training_errors(corpus, tmp_path, flags, message, monkeypatch):
@@ -982,7 +1059,11 @@ def test_config_file_and_command_line(tmp_path):
 
 def test_sample_command(corpus, tmp_path):
     run = lambda *flags: subprocess.run(  # noqa: E731
-        [sys.executable, str(ROOT / "sample.py"), "--device=cpu", *flags], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, str(ROOT / "sample.py"), "--device=cpu", *flags],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"TRITON_INTERPRET": "0"},
     )
     done = run()
     assert done.returncode == 1 and done.stderr == (

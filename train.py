@@ -3,7 +3,7 @@ Train a model: python train.py [config/NAME.py] [--flag=value ...]
 
     python train.py                                   # config/tiny.py: a small Hymba on Python's standard library
     python train.py config/hymba_125m.py --batch_size=8 --grad_accum=4
-    python train.py config/tiny.py --pattern=TTTTT --out_dir=out/tiny_T
+    python train.py config/tiny.py --pattern=TTTT --out_dir=out/tiny_T
     python train.py config/tiny.py --resume           # continue from out/tiny/last
     torchrun --nproc_per_node=4 train.py config/hymba_350m.py
 
@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -77,6 +78,9 @@ class TrainConfig:
         for name in ("batch_size", "grad_accum", "max_steps", "eval_interval", "eval_windows", "log_interval"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be 1 or more")
+        for name in ("grad_clip", "warmup_steps", "decay_steps", "weight_decay", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be 0 or more")
         if not 0 <= self.min_lr <= self.learning_rate:
             raise ValueError(f"min_lr={self.min_lr} must lie between 0 and learning_rate={self.learning_rate}")
         if not 0 <= self.anneal_mix <= 1:
@@ -90,7 +94,9 @@ def parse(argv: list[str]) -> tuple[TrainConfig, dict]:
     """
     flags = {f.name: f for f in [*fields(TrainConfig), *fields(HymbaConfig)]}
     types = {"int": int, "float": float, "str": str, "bool": bool} | {t: t for t in (int, float, str, bool)}
-    parser = argparse.ArgumentParser("train.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "train.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("config", nargs="?", default=str(Path(__file__).parent / "config" / "tiny.py"))
     for f in flags.values():
         parser.add_argument(
@@ -129,7 +135,11 @@ def learning_rate(cfg: TrainConfig, step: int) -> float:
     """The rate of a step (0, 1, ...): linear warmup, then constant and linear decay (wsd), or a half cosine."""
     if step < cfg.warmup_steps:
         return cfg.learning_rate * (step + 1) / cfg.warmup_steps
-    span = cfg.max_steps - cfg.warmup_steps if cfg.schedule == "cosine" else min(cfg.decay_steps, cfg.max_steps)
+    span = (
+        cfg.max_steps - cfg.warmup_steps
+        if cfg.schedule == "cosine"
+        else min(cfg.decay_steps, cfg.max_steps - cfg.warmup_steps)
+    )
     left = min(1.0, (cfg.max_steps - step) / max(1, span))  # 1 before the decay, then down towards 0
     share = 0.5 - 0.5 * math.cos(math.pi * left) if cfg.schedule == "cosine" else left
     return cfg.min_lr + share * (cfg.learning_rate - cfg.min_lr)
@@ -180,7 +190,7 @@ def optimizer_for(model: Hymba, cfg: TrainConfig) -> torch.optim.AdamW:
 
 
 def save_checkpoint(folder: Path, model: Hymba, optimizer, extra: dict, tokenizer_file: Path) -> None:
-    """Write a checkpoint beside folder and rename it into place: whatever happens, a whole one is left."""
+    """Write a checkpoint beside folder and rename it into place: wherever this stops, a whole one is left."""
     new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     shutil.rmtree(new, ignore_errors=True)
     try:
@@ -191,7 +201,10 @@ def save_checkpoint(folder: Path, model: Hymba, optimizer, extra: dict, tokenize
             save_file(state, new / "optimizer.safetensors")
         if tokenizer_file.is_file():
             shutil.copy(tokenizer_file, new)
-    except BaseException:  # a full disk, say
+    except SafetensorError as e:  # a full disk, say
+        shutil.rmtree(new, ignore_errors=True)
+        raise OSError(f"cannot write {folder}: {e}") from None
+    except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)
@@ -201,8 +214,11 @@ def save_checkpoint(folder: Path, model: Hymba, optimizer, extra: dict, tokenize
     shutil.rmtree(old, ignore_errors=True)
 
 
-def load_checkpoint(folder: Path, model: Hymba, optimizer) -> dict:
-    """Load weights and optimizer state in place; returns config.json. ValueError for another architecture."""
+def load_checkpoint(folder: Path, model: Hymba, optimizer, tokenizer: str, tokenizer_file: Path) -> dict:
+    """Load weights and optimizer state in place; returns config.json.
+
+    ValueError for a checkpoint of another architecture or tokenizer.
+    """
     old = folder.with_name(folder.name + ".old")
     if not folder.exists() and old.exists():  # the machine stopped between save_checkpoint's two renames
         old.rename(folder)
@@ -214,12 +230,17 @@ def load_checkpoint(folder: Path, model: Hymba, optimizer) -> dict:
     if differ:
         changes = ", ".join(f"{k}={theirs.get(k)!r} there and {mine[k]!r} here" for k in differ)
         raise ValueError(f"{folder} is a checkpoint of another architecture: {changes}")
-    saved = Hymba.from_pretrained(folder)
-    model.load_state_dict(saved.state_dict())
-    state = load_file(folder / "optimizer.safetensors")
-    for name, p in model.named_parameters():
+    ranks = [f.read_bytes() if f.is_file() else b"" for f in (tokenizer_file, folder / tokenizer_file.name)]
+    if extra["tokenizer"] != tokenizer or ranks[0] != ranks[1]:
+        raise ValueError(f"{folder} was trained with another tokenizer ({extra['tokenizer']}) than this data set's")
+    model.load_state_dict(Hymba.from_pretrained(folder).state_dict())
+    try:
+        state = load_file(folder / "optimizer.safetensors")
+    except (SafetensorError, FileNotFoundError) as e:
+        raise ValueError(f"{folder / 'optimizer.safetensors'} is corrupt: {e}") from None
+    for name, p in model.named_parameters():  # copies: the file is mapped, and about to be replaced
         s = {k: state[f"{name}.{k}"] for k in ("step", "exp_avg", "exp_avg_sq")}
-        optimizer.state[p] = {k: v if k == "step" and not p.is_cuda else v.to(p.device) for k, v in s.items()}
+        optimizer.state[p] = {k: v.to(p.device if k != "step" or p.is_cuda else "cpu", copy=True) for k, v in s.items()}
     return extra
 
 
@@ -245,9 +266,14 @@ def plot_loss(metrics: Path, picture: Path) -> None:
 
 def main(argv: list[str]) -> None:
     cfg, model_args = parse(argv)
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     auto = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = torch.device(cfg.device or auto)
+    try:
+        device = torch.device(cfg.device or auto)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"device={cfg.device}: there is none here; leave it out or use {auto}") from None
     if device.type == "cuda" and world > 1:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -285,9 +311,9 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"the {name} data has {len(data)} tokens: too few for sequences of {longest} + 1")
     out = Path(cfg.out_dir)
     last = out / "last"
-    if (last.exists() or (out / "best").exists()) and not cfg.resume and not cfg.overwrite:
+    if (last.exists() or (out / "last.old").exists()) and not cfg.resume and not cfg.overwrite:
         raise ValueError(
-            f"{out} holds a checkpoint: --resume continues it, --overwrite replaces it, or pass --out_dir=..."
+            f"{out} holds a run: --resume continues it, --overwrite replaces it, or pass another --out_dir"
         )
     out.mkdir(parents=True, exist_ok=True)
 
@@ -301,14 +327,21 @@ def main(argv: list[str]) -> None:
     optimizer = optimizer_for(model, cfg)
     start, best, metrics = 0, math.inf, out / "metrics.jsonl"
     if cfg.resume:
-        extra = load_checkpoint(last, model, optimizer)
+        extra = load_checkpoint(last, model, optimizer, meta["tokenizer"], folder / "tokenizer.tiktoken")
         start, best = extra["step"], extra["best_val_loss"] or math.inf
         if start >= cfg.max_steps:
             raise ValueError(f"{last} is at step {start} of {cfg.max_steps}: raise --max_steps to go on")
+        quiet = ("resume", "overwrite", "out_dir", "data_dir", "device", "prompt", "sample_tokens", "max_steps")
+        changed = [k for k, v in asdict(cfg).items() if extra["train"].get(k) != v and k not in quiet]
+        if changed and main_process:
+            print(f"going on with other values of {', '.join(changed)} than {last} was trained with")
     if main_process:
-        kept = metrics.read_text().splitlines() if cfg.resume and metrics.exists() else []
-        kept = [line for line in kept if json.loads(line)["step"] <= start]
-        metrics.write_text("".join(line + "\n" for line in kept))
+        for name in ("last", "best") if cfg.overwrite and not cfg.resume else ():
+            shutil.rmtree(out / name, ignore_errors=True)
+        lines = metrics.read_text().splitlines(keepends=True) if cfg.resume and metrics.exists() else []
+        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= start]  # whole lines
+        metrics.with_suffix(".new").write_text("".join(kept))
+        metrics.with_suffix(".new").replace(metrics)
         size = f"{model.num_params():,} parameters, {model.flops_per_token() / 1e6:,.0f} MFLOP a token"
         where = f"{device} x {world}" if world > 1 else f"{device}"
         print(f"{config.pattern}: {size}, {len(train_data):,} training tokens, on {where}", flush=True)
@@ -324,13 +357,12 @@ def main(argv: list[str]) -> None:
             return step_model(windows[:, :-1], windows[:, 1:])[1]
 
     @torch.no_grad()
-    def evaluate() -> tuple[float, float]:
-        """Validation loss in nats per token and in bits per byte, over evenly spaced windows."""
-        T = config.block_size
+    def evaluate(T: int, micro: int) -> tuple[float, float]:
+        """Validation loss in nats per token and in bits per byte, over evenly spaced windows of T, micro at a time."""
         starts = np.linspace(0, len(val_data) - T - 1, cfg.eval_windows).astype(int)[rank::world]
         total = torch.zeros(2, device=device)
-        for i in range(0, len(starts), cfg.batch_size):
-            windows = np.stack([val_data[s : s + T + 1] for s in starts[i : i + cfg.batch_size]]).astype(np.int64)
+        for i in range(0, len(starts), micro):
+            windows = np.stack([val_data[s : s + T + 1] for s in starts[i : i + micro]]).astype(np.int64)
             total += torch.tensor([loss_of(windows).item() * len(windows), len(windows)], device=device)
         if world > 1:
             dist.all_reduce(total)
@@ -344,9 +376,9 @@ def main(argv: list[str]) -> None:
             optimizer_or_none = optimizer if name == "last" else None
             save_checkpoint(out / name, model, optimizer_or_none, extra, folder / "tokenizer.tiktoken")
 
-    stop = []  # signals received
+    stop = []  # signals received; a second one acts at once
     for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
+        signal.signal(s, lambda number, frame: (stop.append(number), signal.signal(number, before[number])))
 
     terminal = sys.stderr.isatty()
     bar = tqdm(total=cfg.max_steps, initial=start, unit="step", disable=not (main_process and terminal))
@@ -402,19 +434,19 @@ def main(argv: list[str]) -> None:
                 print(f"step {done}/{cfg.max_steps}: {text}", flush=True)
         pending.clear()
         if evaluating:
-            val_loss, bpb = evaluate()
+            val_loss, bpb = evaluate(T, micro)
             if not math.isfinite(val_loss):
                 raise FloatingPointError(f"validation loss {val_loss} at step {done}: try a lower learning_rate")
             if main_process:
                 with metrics.open("a") as f:
                     f.write(json.dumps({"step": done, "val_loss": val_loss, "val_bpb": bpb}) + "\n")
                 tqdm.write(f"step {done}: validation loss {val_loss:.4f}, {bpb:.4f} bits per byte")
-            if val_loss < best:
-                best = val_loss
-                save("best", done)
         if evaluating or stops:
-            save("last", done)
-        if stops:
+            improved = evaluating and val_loss < best
+            best = val_loss if improved else best
+            for name in ["last"] + ["best"] * improved:
+                save(name, done)
+        if stops and done < cfg.max_steps:
             bar.close()
             if main_process:
                 print(f"stopped after step {done}: --resume continues from {last}")
@@ -422,16 +454,22 @@ def main(argv: list[str]) -> None:
         since = time.perf_counter()
     else:
         bar.close()
+        for s, handler in before.items():
+            signal.signal(s, handler)
         if main_process:
             plot_loss(metrics, out / "loss.png")
             if cfg.prompt:
                 sample.stream(model, prepare.load_tokenizer(meta["tokenizer"], folder), cfg.prompt, cfg.sample_tokens)
     if world > 1:
+        dist.barrier()  # gloo may hang when one process leaves while another still talks
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character of the sample shows ?
     try:
         main(sys.argv[1:])
-    except (ValueError, FileNotFoundError, FloatingPointError, OSError) as e:
+    except (ValueError, FloatingPointError, OSError) as e:
         sys.exit(f"train.py: {e}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -19,9 +19,9 @@ n_meta = 16
 window = 32
 
 batch_size = 8
-max_steps = 1200
+max_steps = 1000
 warmup_steps = 50
-decay_steps = 400
+decay_steps = 350
 learning_rate = 3e-3
 eval_interval = 200
 eval_windows = 256
