@@ -19,9 +19,9 @@ n_meta = 16
 window = 32
 
 batch_size = 8
-max_steps = 1000
+max_steps = 800
 warmup_steps = 50
-decay_steps = 350
+decay_steps = 300
 learning_rate = 3e-3
 eval_interval = 200
 eval_windows = 256
