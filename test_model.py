@@ -196,7 +196,7 @@ def test_conv_against_conv1d():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Kernels: on a GPU, or in Triton's interpreter (pip install triton; slow, so shapes are small)
+# Kernels: on a GPU, or in Triton's interpreter (pip install triton==3.6.0; slow, so shapes are small)
 
 if kernels:
     patch_tensors = triton.runtime.interpreter._patch_lang_tensor
@@ -209,10 +209,12 @@ if kernels:
     triton.runtime.interpreter._patch_lang_tensor = with_index
 
 GPU = torch.cuda.is_available()
+# Later interpreters fail on kernels that 3.6 runs, and that both compile (3.9 converts tensors it does not know).
+INTERPRETER = bool(kernels) and triton.__version__.startswith("3.6.")
 on_device = pytest.mark.parametrize(
     "device",
     [
-        pytest.param("cpu", marks=pytest.mark.skipif(GPU or not kernels, reason="pip install triton (and no GPU)")),
+        pytest.param("cpu", marks=pytest.mark.skipif(GPU or not INTERPRETER, reason="pip install triton==3.6.0")),
         pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="needs a GPU")]),
     ],
 )
