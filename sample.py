@@ -38,6 +38,17 @@ def stream(model: Hymba, tokenizer: tiktoken.Encoding, prompt: str, max_new_toke
     return text
 
 
+def pick_device(name: str | None) -> torch.device:
+    """The device called name, or the best there is: cuda, mps, cpu. ValueError if this machine has none called so."""
+    auto = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name or auto)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"device={name}: there is none here; leave it out or use {auto}") from None
+    return device
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("sample.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--init_from", help="checkpoint folder [the newest under out/]")
@@ -55,12 +66,7 @@ def main(argv: list[str]) -> None:
         raise ValueError("no checkpoint under out/: run python train.py first, or pass --init_from=FOLDER")
     newest = runs and [f.parent for f in runs if f.parts[:2] == runs[-1].parts[:2]]  # of the newest run
     folder = Path(args.init_from or min(newest))  # best before last
-    auto = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(args.device or auto)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"device={args.device}: there is none here; leave it out or use {auto}") from None
+    device = pick_device(args.device)
     model = Hymba.from_pretrained(folder).to(device).eval()
     tokenizer = prepare.load_tokenizer(json.loads((folder / "config.json").read_text())["tokenizer"], folder)
     print(f"{folder}: {model.config.pattern}, {model.num_params():,} parameters, on {device}", file=sys.stderr)

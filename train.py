@@ -268,12 +268,7 @@ def main(argv: list[str]) -> None:
     cfg, model_args = parse(argv)
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    auto = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(cfg.device or auto)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"device={cfg.device}: there is none here; leave it out or use {auto}") from None
+    device = sample.pick_device(cfg.device)
     if device.type == "cuda" and world > 1:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
