@@ -310,7 +310,7 @@ class HybridHeads(nn.Module):
     def __init__(self, config: HymbaConfig, layer: int):
         super().__init__()
         letter, C, D = config.pattern[layer], config.n_embd, config.d_inner
-        self.layer, self.n_meta, self.kernels = layer, config.n_meta, config.kernels
+        self.layer, self.n_meta = layer, config.n_meta
         self.fusion = config.fusion
         self.has_attn, self.has_ssm = letter != "M", letter in "MHh"
         self.window = config.window if letter in "th" else None
@@ -337,6 +337,11 @@ class HybridHeads(nn.Module):
             self.D = nn.Parameter(torch.ones(D))
         if self.has_attn and self.has_ssm:
             self.attn_norm, self.ssm_norm = RMSNorm(D, config.norm_eps), RMSNorm(D, config.norm_eps)
+        heads = [self.E, self.F] if self.has_attn else []
+        self.kernels = (  # sizes that kernels.py was written for
+            config.kernels and all(n % 16 == 0 and n <= 128 for n in heads)
+            and (not self.has_ssm or (config.d_state <= 128 and 2 <= config.d_conv <= 4))
+        )  # fmt: skip
         self.sizes = sizes
         self.in_proj = nn.Linear(C, sum(sizes), bias=False)
         self.out_proj = nn.Linear(width, C, bias=False)

@@ -328,6 +328,13 @@ def test_model_with_kernels_equals_model_without(pattern, device, poisoned):
 
 
 @on_device
+def test_sizes_without_a_kernel_use_the_reference(device):
+    a, b = (small("hM", d_conv=7, kernels=on).to(device) for on in (True, False))  # and heads of 8 and 16 channels
+    idx = tokens(1, 9).to(device)
+    assert torch.equal(a(idx)[0], b(idx)[0])
+
+
+@on_device
 def test_kernels_compile_without_graph_breaks(device):
     model = small("hM", n_head=2, n_kv_head=1, kernels=True).to(device)
     idx = tokens(2, 8).to(device)
