@@ -872,7 +872,10 @@ def test_kill_and_resume_to_the_bit(corpus, tmp_path):
     assert code == 1 and "was trained with another tokenizer (bytes)" in err
     with (cut / "metrics.jsonl").open("a") as f:
         f.write('{"step": 13, "lo')  # as a crash leaves it
+    config = json.loads((cut / "last/config.json").read_text()) | {"best_val_loss": 1e-3}  # never to be reached again
+    (cut / "last/config.json").write_text(json.dumps(config))
     code, out, err = run_train(corpus, f"--out_dir={cut}", "--resume", "--max_steps=25", "--grad_clip=0.1")
+    assert json.loads((cut / "best/config.json").read_text()) == saved  # so the best one stays
     assert code == 0 and "other values of grad_clip" in out and sorted(losses(cut)) == list(range(1, 26)), err
     weights = (cut / "last/model.safetensors").read_bytes()
     (cut / "last/model.safetensors").write_bytes(weights[:1000])
