@@ -367,9 +367,9 @@ class HybridHeads(nn.Module):
     def scan(self, x, z, cache):
         """SSM heads (Mamba, Fig. 3 and Algorithm 2): x and gate z (B, T, D) -> (B, T, D)."""
         tail, state = (None, None) if cache is None else cache.ssm[self.layer]
-        conv, scan = (
-            (causal_conv, selective_scan) if not self.fast(x) else (kernels.causal_conv, kernels.selective_scan)
-        )
+        conv, scan = causal_conv, selective_scan
+        if self.fast(x):
+            conv, scan = kernels.causal_conv, kernels.selective_scan
         x, next_tail = conv(x, self.conv_weight, self.conv_bias, tail)
         dt, B, C = self.x_proj(x).split(self.x_sizes, dim=-1)  # (B, T, R), (B, T, N), (B, T, N)
         dt = self.dt_proj(self.dt_norm(dt))  # (B, T, D)
