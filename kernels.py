@@ -222,7 +222,7 @@ def scan_forward_kernel(
     for t0 in range(0, stop, TT):
         if SAVE:
             if t0 % CHUNK == 0:
-                tl.store(chunk_ptr + state, h, mask=in_state)
+                tl.store(chunk_ptr + state, h.to(chunk_ptr.dtype.element_ty), mask=in_state)
                 chunk_ptr += D * N
         x = x_next.to(tl.float32)
         dt = dt_next.to(tl.float32)
@@ -346,11 +346,11 @@ def scan_backward_kernel(
         z_ptr += t0 * z_t
         z_tile = d[:, None] + t[None, :] * z_t
         z_next = tl.load(z_ptr + z_tile, mask=here, other=0.0)
-    saved = tl.load(chunk_ptr + (t0 // CHUNK) * D * N + state, mask=in_state, other=0.0)
+    saved = tl.load(chunk_ptr + (t0 // CHUNK) * D * N + state, mask=in_state, other=0.0).to(tl.float32)
     for i in range(0, n_tile):
         t0 = start + (n_tile - 1 - i) * TT
         if t0 % CHUNK == CHUNK - TT:
-            saved = tl.load(chunk_ptr + (t0 // CHUNK) * D * N + state, mask=in_state, other=0.0)
+            saved = tl.load(chunk_ptr + (t0 // CHUNK) * D * N + state, mask=in_state, other=0.0).to(tl.float32)
         x = x_next.to(tl.float32)
         dt = dt_next.to(tl.float32)
         dy = dy_next.to(tl.float32)
@@ -471,7 +471,12 @@ def _rows(tensor):
     return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-CHUNK = 8  # tokens between saved states: 4 N / CHUNK bytes per token and channel
+CHUNK = 8  # tokens between saved states: 2 N / CHUNK bytes per token and channel in bfloat16, 4 N / CHUNK in float32
+
+
+def _saved_dtype(x: Tensor) -> torch.dtype:
+    """Of the saved states. Under bfloat16 they are rounded to it, as all else is that backward starts from."""
+    return torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
 
 
 def _tiles(n: int, channels: int, lanes: int, tokens: int) -> dict:
@@ -503,7 +508,7 @@ def _scan_forward(
     f32 = dict(dtype=torch.float32, device=x.device)
     y = x.new_empty(b, t, d)
     last = torch.empty(b, d, n, **f32)
-    chunks = torch.empty(b, triton.cdiv(t, CHUNK) if save else 0, n, d, **f32)
+    chunks = torch.empty(b, triton.cdiv(t, CHUNK) if save else 0, n, d, dtype=_saved_dtype(x), device=x.device)
     x, dt, B, C, z = map(_rows, (x, dt, B, C, z))
     A = A.t().contiguous()  # (N, D): channels contiguous here too
     state = None if state is None else state.transpose(1, 2).contiguous()
@@ -530,8 +535,8 @@ def _(x, dt, A, B, C, D, z, dt_bias, state, save):
     b, t, d = x.shape
     n = A.shape[1]
     n_chunk = (t + CHUNK - 1) // CHUNK if save else 0
-    f32 = torch.float32
-    return x.new_empty(b, t, d), x.new_empty(b, d, n, dtype=f32), x.new_empty(b, n_chunk, n, d, dtype=f32)
+    chunks = x.new_empty(b, n_chunk, n, d, dtype=_saved_dtype(x))
+    return x.new_empty(b, t, d), x.new_empty(b, d, n, dtype=torch.float32), chunks
 
 
 @torch.library.custom_op("hymba::selective_scan_backward", mutates_args=())
@@ -619,7 +624,8 @@ def selective_scan(
     x, dt, z (B, T, D), B, C (B, T, N): bfloat16, float16 or float32, any strides if the last is 1 (else copied).
     A (D, N) float32, negative. D, dt_bias (D,). state (B, D, N) float32, or None for zeros. N up to 128; 16 is fastest.
     Returns y (B, T, D) in x's dtype and the float32 state after the last token. All inputs get gradients, state too.
-    Kept for backward: the inputs and one float32 state per CHUNK tokens. ValueError if shapes or dtypes do not fit.
+    Kept for backward: the inputs and one state per CHUNK tokens, in bfloat16 if x is, else in float32.
+    Raises ValueError where shapes or dtypes do not fit.
     """
     _check(x, dt, A, B, C, D, z, dt_bias, state)
     given = [a for a in (x, dt, A, B, C, D, z, dt_bias, state) if a is not None]
