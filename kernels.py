@@ -423,8 +423,9 @@ def scan_backward_kernel(
             dA += q * _token(dt_p, j)
             ddt = tl.where((t == j)[None, :], tl.sum(q * A, 2), ddt)
 
-        tl.store(dC_ptr + t0 * N + t[:, None] * N + n[None, :], dC, mask=in_n)
-        tl.store(dB_ptr + t0 * N + t[:, None] * N + n[None, :], dB, mask=in_n)
+        part = t0 * N + t[:, None] * N + n[None, :]
+        tl.store(dC_ptr + part, dC.to(dC_ptr.dtype.element_ty), mask=in_n)
+        tl.store(dB_ptr + part, dB.to(dB_ptr.dtype.element_ty), mask=in_n)
         dx = du * dt
         ddt = (ddt * LN2 + du * x) * dsoftplus
         if HAS_Z:
@@ -474,8 +475,8 @@ def _rows(tensor):
 CHUNK = 8  # tokens between saved states: 2 N / CHUNK bytes per token and channel in bfloat16, 4 N / CHUNK in float32
 
 
-def _saved_dtype(x: Tensor) -> torch.dtype:
-    """Of the saved states. Under bfloat16 they are rounded to it, as all else is that backward starts from."""
+def _memory_dtype(x: Tensor) -> torch.dtype:
+    """Of saved states and partial sums. Under bfloat16 they are rounded to it, as all else is that passes memory."""
     return torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
 
 
@@ -508,7 +509,7 @@ def _scan_forward(
     f32 = dict(dtype=torch.float32, device=x.device)
     y = x.new_empty(b, t, d)
     last = torch.empty(b, d, n, **f32)
-    chunks = torch.empty(b, triton.cdiv(t, CHUNK) if save else 0, n, d, dtype=_saved_dtype(x), device=x.device)
+    chunks = torch.empty(b, triton.cdiv(t, CHUNK) if save else 0, n, d, dtype=_memory_dtype(x), device=x.device)
     x, dt, B, C, z = map(_rows, (x, dt, B, C, z))
     A = A.t().contiguous()  # (N, D): channels contiguous here too
     state = None if state is None else state.transpose(1, 2).contiguous()
@@ -535,7 +536,7 @@ def _(x, dt, A, B, C, D, z, dt_bias, state, save):
     b, t, d = x.shape
     n = A.shape[1]
     n_chunk = (t + CHUNK - 1) // CHUNK if save else 0
-    chunks = x.new_empty(b, n_chunk, n, d, dtype=_saved_dtype(x))
+    chunks = x.new_empty(b, n_chunk, n, d, dtype=_memory_dtype(x))
     return x.new_empty(b, t, d), x.new_empty(b, d, n, dtype=torch.float32), chunks
 
 
@@ -563,7 +564,7 @@ def _scan_backward(
         )  # fmt: skip
     dx, ddt = x.new_empty(b, t, d), dt.new_empty(b, t, d)
     dz = None if z is None else z.new_empty(b, t, d)
-    dB, dC = torch.empty(2, n_block, b, t, n, **f32)
+    dB, dC = torch.empty(2, n_block, b, t, n, dtype=chunks.dtype, device=x.device)  # of each program
     dA = torch.empty(b, n_segment, d, n, **f32)
     dD, dbias = torch.empty(2, b, n_segment, d, **f32)
     dstate = torch.empty(b, d, n, **f32)
