@@ -1190,3 +1190,49 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None = N
     tail = x.new_zeros(B, K - 1, D) if tail is None else tail.to(x.dtype)
     x = torch.cat([tail, x], 1)
     return conv(x, weight.contiguous(), bias, K - 1), x[:, T:]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Cross-entropy of rows of logits
+#
+# One program a row. Two passes: the first sums exponentials, the second overwrites the logits with their gradient. The
+# floor is memory, reading and writing each logit once; so the second pass should find its row in the cache. A row of
+# 50,304 logits takes 100 KB, the H100's L2 holds 50 MB: large programs, few of them at a time.
+
+ROW_BLOCK, ROW_WARPS = 8192, 16
+
+
+@triton.jit
+def cross_entropy_row(logits, targets, losses, V, GRAD: tl.constexpr, BLOCK: tl.constexpr):
+    """loss = log sum_j exp(z_j) - z_target, and with GRAD, z_j <- exp(z_j) / sum_k exp(z_k) - [j = target]."""
+    row = tl.cast(tl.program_id(0), tl.int64)
+    target = tl.load(targets + row)
+    logits += row * V
+    at = tl.load(logits + target, mask=(target >= 0) & (target < V), other=float("nan")).to(tl.float32)
+    cols = tl.arange(0, BLOCK)
+    m = -1e30  # finite: a row that begins with -inf stays free of NaN
+    total = tl.zeros((BLOCK,), tl.float32)
+    for i in tl.range(0, V, BLOCK):
+        z = tl.load(logits + i + cols, mask=i + cols < V, other=float("-inf")).to(tl.float32) * LOG2E
+        m_new = tl.maximum(m, tl.max(z, 0))
+        total = total * tl.exp2(m - m_new) + tl.exp2(z - m_new)
+        m = m_new
+    lse = m + tl.log2(tl.sum(total, 0))
+    tl.store(losses + row, tl.where(target >= 0, lse * LN2 - at, 0.0))
+    if GRAD:
+        for i in tl.range(0, V, BLOCK):
+            z = tl.load(logits + i + cols, mask=i + cols < V, other=0.0).to(tl.float32) * LOG2E
+            p = tl.exp2(z - lse) - tl.where(i + cols == target, 1.0, 0.0)
+            p = tl.where(target >= 0, p, 0.0)
+            tl.store(logits + i + cols, p.to(logits.dtype.element_ty), mask=i + cols < V)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, grad: bool) -> Tensor:
+    """Cross-entropy of each row of logits (n, V) in nats -> (n,) float32, 0 where targets (n,) is negative.
+
+    With grad, logits (contiguous) become their own gradient in place: softmax minus one-hot, 0 in rows without a target.
+    A target outside of the vocabulary gives NaN.
+    """
+    losses = logits.new_empty(len(logits), dtype=torch.float32)
+    cross_entropy_row[(len(logits),)](logits, targets, losses, logits.shape[1], grad, ROW_BLOCK, num_warps=ROW_WARPS)
+    return losses
