@@ -1230,8 +1230,8 @@ def cross_entropy_row(logits, targets, losses, V, GRAD: tl.constexpr, BLOCK: tl.
 def cross_entropy(logits: Tensor, targets: Tensor, grad: bool) -> Tensor:
     """Cross-entropy of each row of logits (n, V) in nats -> (n,) float32, 0 where targets (n,) is negative.
 
-    With grad, logits (contiguous) become their own gradient in place: softmax minus one-hot, 0 in rows without a target.
-    A target outside of the vocabulary gives NaN.
+    With grad, logits (contiguous) become their own gradient in place: softmax minus one-hot, 0 in rows without a
+    target. A target outside of the vocabulary gives NaN.
     """
     losses = logits.new_empty(len(logits), dtype=torch.float32)
     cross_entropy_row[(len(logits),)](logits, targets, losses, logits.shape[1], grad, ROW_BLOCK, num_warps=ROW_WARPS)

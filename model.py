@@ -119,6 +119,12 @@ class HymbaConfig:
         return owner
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What matrix products with x run in: autocast's dtype for x's device if that is on, else x's own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The reference operations, in plain PyTorch. Faster kernels share their signatures and are tested against them.
 
@@ -318,9 +324,9 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, fast: bool 
     x (..., C), weight (V, C), targets (...), negative where there is nothing to predict -> () and (...), float32. Only
     the mean can be differentiated. Tokens without a target have loss 0; if none has one, the mean is NaN.
     """
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    total, losses, _, _ = _linear_cross_entropy(x.flatten(0, -2), weight, targets.flatten(), dtype, fast, grad)
+    x, targets_, dtype = x.flatten(0, -2), targets.flatten(), compute_dtype(x)
+    total, losses, _, _ = _linear_cross_entropy(x, weight, targets_, dtype, fast, grad)
     return total / (targets >= 0).sum(), losses.view(targets.shape)
 
 
@@ -634,7 +640,11 @@ class Hymba(nn.Module):
                 p.normal_(std=0.02)
 
     def run(self, x: Tensor, cache: Cache | None) -> Tensor:
-        """All blocks on embeddings x (B, T, C), which continue the cache if there is one -> (B, T, C), not normed."""
+        """All blocks on embeddings x (B, T, C), which continue the cache if there is one -> (B, T, C), not normed.
+
+        Under autocast the residual stream is in its dtype, too: half the bytes for every norm and addition.
+        """
+        x = x.to(compute_dtype(x))
         pos = torch.arange(x.shape[1], device=x.device)[None]  # (1, T)
         if cache is not None:
             cache.reserve(x.shape[1])
@@ -675,9 +685,7 @@ class Hymba(nn.Module):
         The meta tokens run once per model, not per cache; weights that were changed in place, as optimizers and
         load_state_dict do, are noticed and run them again.
         """
-        device, dtype = self.embed.weight.device, self.embed.weight.dtype
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
+        device, dtype = self.embed.weight.device, compute_dtype(self.embed.weight)
         stamp = [str(self.config), dtype, [(p.data_ptr(), p._version) for p in self.parameters()]]
         if self._meta_cache is None or self._meta_cache[0] != stamp:
             once = Cache(self.config, 1, 0, dtype, device)
