@@ -1146,9 +1146,10 @@ def conv_backward_op(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, skip: 
     """Returns dx and (5, D) float32: the gradients of four taps and the bias."""
     B, T, D = x.shape
     dy = dy if dy.stride(2) == 1 else dy.contiguous()
-    dx, partial = x.new_empty(B, T, D), x.new_empty(B * triton.cdiv(T, RUN), 5, D, dtype=torch.float32)
-    conv_backward[(triton.cdiv(D, STRIP), triton.cdiv(T, RUN), B)](
-        x, weight, bias, dy, dx, partial, T, D, skip, *x.stride()[:2], *dy.stride()[:2], weight.shape[1], RUN, STRIP,
+    run = 2 * RUN  # half as many partial sums, and the H100 holds all programs of a training step at once
+    dx, partial = x.new_empty(B, T, D), x.new_empty(B * triton.cdiv(T, run), 5, D, dtype=torch.float32)
+    conv_backward[(triton.cdiv(D, STRIP), triton.cdiv(T, run), B)](
+        x, weight, bias, dy, dx, partial, T, D, skip, *x.stride()[:2], *dy.stride()[:2], weight.shape[1], run, STRIP,
         num_warps=STRIP_WARPS,
     )  # fmt: skip
     return dx, partial.sum(0)
@@ -1216,19 +1217,19 @@ def cross_entropy_row(logits, targets, losses, V, GRAD: tl.constexpr, BLOCK: tl.
     total = tl.zeros((BLOCK // 8,), tl.float32)
     ahead = tl.load(logits + cols, mask=cols < V, other=float("-inf"), eviction_policy="evict_last")
     for i in tl.range(BLOCK, V + BLOCK, BLOCK):
-        z = ahead.to(tl.float32) * LOG2E
+        z = ahead.to(tl.float32)
         ahead = tl.load(logits + i + cols, mask=i + cols < V, other=float("-inf"), eviction_policy="evict_last")
         m_new = tl.maximum(m, tl.max(z, 1))
-        total = total * tl.exp2(m - m_new) + tl.sum(tl.exp2(z - m_new[:, None]), 1)
+        total = total * tl.exp2((m - m_new) * LOG2E) + tl.sum(tl.exp2((z - m_new[:, None]) * LOG2E), 1)
         m = m_new
     top = tl.max(m, 0)
-    lse = top + tl.log2(tl.sum(total * tl.exp2(m - top), 0))
-    tl.store(losses + row, tl.where(target >= 0, lse * LN2 - at, 0.0))
+    lse = top + tl.log2(tl.sum(total * tl.exp2((m - top) * LOG2E), 0)) * LN2
+    tl.store(losses + row, tl.where(target >= 0, lse - at, 0.0))
     if GRAD:
         for i in tl.range(0, V, BLOCK):
             col = (V - 1) // BLOCK * BLOCK - i + cols
             z = tl.load(logits + col, mask=col < V, other=0.0, eviction_policy="evict_first").to(tl.float32)
-            p = tl.exp2(z * LOG2E - lse) - tl.where(col == target, 1.0, 0.0)
+            p = tl.exp2((z - lse) * LOG2E) - tl.where(col == target, 1.0, 0.0)
             p = tl.where(target >= 0, p, 0.0).to(logits.dtype.element_ty)
             tl.store(logits + col, p, mask=col < V, eviction_policy="evict_first")
 

@@ -294,6 +294,7 @@ def _linear_cross_entropy(
         if grad:
             dx[now] = logits @ w
             dw += logits.t() @ piece
+        del logits  # before the next piece's are there
     return losses.sum(), losses, dx, dw
 
 
@@ -325,8 +326,8 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, fast: bool 
     the mean can be differentiated. Tokens without a target have loss 0; if none has one, the mean is NaN.
     """
     grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    x, targets_, dtype = x.flatten(0, -2), targets.flatten(), compute_dtype(x)
-    total, losses, _, _ = _linear_cross_entropy(x, weight, targets_, dtype, fast, grad)
+    args = x.flatten(0, -2), weight, targets.flatten(), compute_dtype(x), fast, grad
+    total, losses, _, _ = _linear_cross_entropy(*args)
     return total / (targets >= 0).sum(), losses.view(targets.shape)
 
 

@@ -627,6 +627,17 @@ def test_loss():
     assert max(error(p.grad, g) for p, g in zip(model.parameters(), theirs, strict=True)) < 1e-4
 
 
+def test_autocast():
+    """Everything between the norms' statistics is bfloat16 then, the residual stream included; the loss is not."""
+    model, idx = small("hTM"), tokens(2, 30)
+    expected = model(idx, idx)[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, hidden = model(idx, idx)[1], model.hidden(idx)
+    a, b = (torch.autograd.grad(u, list(model.parameters())) for u in (loss, expected))
+    assert hidden.dtype == torch.bfloat16 and loss.dtype == torch.float32
+    assert error(loss, expected) < 1e-2 and max(error(x, y) for x, y in zip(a, b, strict=True)) < 0.1
+
+
 def test_compile_computes_sines_once():
     """torch.compile takes the model whole, and sees one table of sines that it cannot repeat in every block."""
     model, graphs = small("tTt"), []
