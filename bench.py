@@ -9,7 +9,7 @@ Speed and memory, ours beside the peers that are installed: python bench.py scan
                 causal attention beside PyTorch's own (SDPA)
     train       training steps of config/*_125m.py (bfloat16, torch.compile, fused AdamW, vocabulary 50,304): Hymba, the
                 same with mamba-ssm's scan and FlexAttention in place of our kernels, Llama and the other baselines
-    plot FILE...  pictures of the results that --json wrote: bench_scan.png, bench_attention.png
+    plot FILE...  pictures of the results that --json wrote: bench_scan.png, bench_attention.png, bench_train.png
 
 Floors are what the hardware cannot beat: for the scan one exponential for each token, channel and state on the special
 function units, and reading and writing each input and output once at copy bandwidth, whichever is slower; for
@@ -19,6 +19,7 @@ attention 2 (E + F) operations for each pair that the mask lets through (5/2 of 
 import argparse
 import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -197,8 +198,9 @@ def attention_gpu(repeats: int) -> list[dict]:
     return rows
 
 
-def train_worker(config: str, peer: bool, B: int, T: int, compiled: bool = True, steps: int = 12) -> dict:
-    """Tokens/s of forward, backward and step in this process; its top ten kernels go to stderr."""
+def train_worker(config: str, peer: bool, B: int, T: int, steps: int = 12) -> dict:
+    """Compile, say ready, wait for a line on stdin, then time forward, backward and step as train.py does them: the
+    host runs ahead of the device. Tokens/s, peak memory, and the ten kernels that take the longest."""
     import train
 
     _, args = train.parse([str(Path(__file__).parent / f"config/{config}.py")])
@@ -212,53 +214,70 @@ def train_worker(config: str, peer: bool, B: int, T: int, compiled: bool = True,
     torch.set_float32_matmul_precision("high")
     model = reference.Hymba(reference.HymbaConfig(**(args | {"vocab_size": 50304, "block_size": T}))).cuda()
     optimizer = train.optimizer_for(model, train.TrainConfig())
-    step_model = torch.compile(model) if compiled else model
+    compiled = torch.compile(model)
     idx = torch.randint(0, 50304, (B, T + 1), device="cuda")
 
     def step():
         with torch.autocast("cuda", torch.bfloat16):
-            loss = step_model(idx[:, :-1], idx[:, 1:])[1]
+            loss = compiled(idx[:, :-1], idx[:, 1:])[1]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss
 
     start = time.perf_counter()
+    while True:  # others compile on this GPU at the same time, and may hold its memory for a moment
+        try:
+            step(), torch.cuda.synchronize()
+            break
+        except torch.cuda.OutOfMemoryError:
+            optimizer.zero_grad(set_to_none=True), torch.cuda.empty_cache(), time.sleep(3)
+    compile_s = time.perf_counter() - start
+    torch.cuda.empty_cache()
+    print("ready", flush=True)
+    sys.stdin.readline()
     for _ in range(3):
         step()
-    torch.cuda.synchronize()
-    compile_s = time.perf_counter() - start
     torch.cuda.reset_peak_memory_stats()
-    times = []
-    for _ in range(steps):
-        start = time.perf_counter()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+    events[0].record()
+    for event in events[1:]:
         loss = step()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    speed = B * T / statistics.median(times)
+        event.record()
+    torch.cuda.synchronize()
+    ms = sorted(a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False))
+    speed = B * T / statistics.median(ms) * 1e3
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        step()
-        torch.cuda.synchronize()
-    top = profile.key_averages().table(sort_by="self_device_time_total", row_limit=10, max_name_column_width=60)
-    print(top, file=sys.stderr)
+        step(), torch.cuda.synchronize()
+    top = sorted(profile.key_averages(), key=lambda k: -k.self_device_time_total)[:10]
     return dict(
         shape=f"{B} x {T}", name=config + (" with peers" if peer else ""), tokens_per_s=round(speed),
         mfu=model.estimate_mfu(speed), peak_gib=torch.cuda.max_memory_allocated() / 2**30, loss=loss.item(),
-        spread=max(times) / min(times) - 1, first_steps_s=compile_s,
+        spread=ms[-1] / ms[0] - 1, compile_s=compile_s,
+        kernels=[dict(kernel=k.key[:80], ms=k.self_device_time_total / 1e3, calls=k.count) for k in top],
     )  # fmt: skip
 
 
 def train_gpu(configs: list[str], shapes: list[str]) -> list[dict]:
-    rows = []
+    """A process for each model: they compile side by side and are timed one after the other."""
+    rows, threads = [], str(max(1, len(os.sched_getaffinity(0)) // len(configs)))
     for shape in shapes:
+        workers = {}
         for name in configs:
-            worker = [sys.executable, __file__, "train", f"--worker={name}", f"--shapes={shape}"]
-            done = subprocess.run(worker, capture_output=True, text=True)
-            if done.returncode:
-                print(f"{name}, {shape}: failed: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+            command = [sys.executable, __file__, "train", f"--worker={name}", f"--shapes={shape}"]
+            workers[name] = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                env=os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": threads},
+            )  # fmt: skip
+        ready = [name for name, worker in workers.items() if "ready\n" in iter(worker.stdout.readline, "")]
+        for name, worker in workers.items():
+            out = worker.communicate("go\n" if name in ready else None)[0]
+            if worker.returncode:
+                print(f"{name}, {shape}: failed, see above", file=sys.stderr)
                 continue
-            rows.append(json.loads(done.stdout.splitlines()[-1]))
-            print(f"--- {name}, {shape}: where one step's time goes\n{done.stderr}", file=sys.stderr)
+            rows.append(json.loads(out.splitlines()[-1]))
+            print(f"{name}, {shape}: where {sum(k['ms'] for k in rows[-1]['kernels']):.1f} ms of a step go")
+            table(rows[-1]["kernels"])
     return rows
 
 
@@ -320,30 +339,42 @@ def scan_cpu(repeats: int, loop: bool) -> list[dict]:
 
 
 def plot(files: list[str]) -> None:
-    """Time against tokens, log-log: ours and peers as lines, floors dashed."""
+    """Time against size, log-log: ours and peers as lines, floors dashed. Of training: tokens/s and memory as bars."""
     try:
         import matplotlib.pyplot as plt
     except ImportError:
         raise ValueError("plot needs matplotlib: pip install matplotlib") from None
     for file in files:
         result = json.loads(Path(file).read_text())
-        rows = [r for r in result["rows"] if "fwd" in r]
+        what, rows = result["what"], result["rows"]
         if not rows:
-            raise ValueError(f"{file} has no forward times to plot: use results of bench.py scan or attention")
+            raise ValueError(f"{file} has no results to plot")
+        keys = ("tokens_per_s", "peak_gib") if what == "train" else ("fwd", "bwd")
         fig, axes = plt.subplots(1, 2, figsize=(10, 4))
-        for ax, key in zip(axes, ("fwd", "bwd"), strict=True):
-            for name in dict.fromkeys(r["name"] for r in rows):
-                points = sorted((eval_shape(r["shape"]), r[key]) for r in rows if r["name"] == name)
-                ax.plot(*zip(*points, strict=True), "o-", label=name)
-            floors = {eval_shape(r["shape"]): r.get("exp_floor", r.get("floor")) for r in rows}
-            if key == "fwd" and None not in floors.values():
-                ax.plot(*zip(*sorted(floors.items()), strict=True), "k--", label="floor")
-            ax.set(xscale="log", yscale="log", xlabel="batch x tokens x channels or heads", ylabel=f"{key}, ms")
-            ax.legend()
-        fig.suptitle(f"{result['what']}, {result['device']}")
+        lines = dict.fromkeys((r["name"], r.get("mask", "")) for r in rows)
+        shapes = list(dict.fromkeys(r["shape"] for r in rows))
+        for ax, key in zip(axes, keys, strict=True):
+            for i, (name, mask) in enumerate(lines):
+                here = {r["shape"]: r for r in rows if (r["name"], r.get("mask", "")) == (name, mask)}
+                label = f"{name}, {mask}".rstrip(", ")
+                if what == "train":
+                    at = [shapes.index(shape) + 0.8 * (i + 0.5) / len(lines) - 0.4 for shape in here]
+                    ax.bar(at, [r[key] for r in here.values()], 0.8 / len(lines), label=label)
+                    continue
+                points = sorted((eval_shape(shape), r[key]) for shape, r in here.items())
+                ax.plot(*zip(*points, strict=True), "o-", label=label)
+                floors = sorted((eval_shape(shape), r.get("exp_floor", r.get("floor"))) for shape, r in here.items())
+                if key == "fwd" and name == "ours" and None not in floors[0]:
+                    ax.plot(*zip(*floors, strict=True), "k--", label=f"floor, {mask}".rstrip(", "))
+            if what == "train":
+                ax.set(xticks=range(len(shapes)), xticklabels=shapes, xlabel="batch x tokens", ylabel=key)
+            else:
+                ax.set(xscale="log", yscale="log", xlabel="batch x tokens x channels or heads", ylabel=f"{key}, ms")
+            ax.legend(fontsize="small")
+        fig.suptitle(f"{what}, {result['device']}")
         fig.tight_layout()
-        fig.savefig(f"bench_{result['what']}.png", dpi=120)
-        print(f"wrote bench_{result['what']}.png")
+        fig.savefig(f"bench_{what}.png", dpi=120)
+        print(f"wrote bench_{what}.png")
 
 
 def eval_shape(shape: str) -> int:
@@ -386,7 +417,7 @@ def main(argv: list[str]) -> None:
         rows = attention_gpu(args.repeats or 30)
     else:
         rows = train_gpu(args.configs.split(","), args.shapes.split(","))
-    table(rows)
+    table([{k: v for k, v in row.items() if k != "kernels"} for row in rows])
     if args.json:
         result = {"what": args.what, "device": device, "torch": torch.__version__, "rows": rows}
         Path(args.json).write_text(json.dumps(result, indent=2) + "\n")

@@ -1153,9 +1153,10 @@ def conv_backward_op(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, skip: 
     """Returns dx and (5, D) float32: the gradients of four taps and the bias."""
     B, T, D = x.shape
     dy = dy if dy.stride(2) == 1 else dy.contiguous()
-    dx, partial = x.new_empty(B, T, D), x.new_empty(B * triton.cdiv(T, RUN), 5, D, dtype=torch.float32)
-    conv_backward[(triton.cdiv(D, STRIP), triton.cdiv(T, RUN), B)](
-        x, weight, bias, dy, dx, partial, T, D, skip, *x.stride()[:2], *dy.stride()[:2], weight.shape[1], RUN, STRIP,
+    run = 2 * RUN  # half as many partial sums, and the H100 holds all programs of a training step at once
+    dx, partial = x.new_empty(B, T, D), x.new_empty(B * triton.cdiv(T, run), 5, D, dtype=torch.float32)
+    conv_backward[(triton.cdiv(D, STRIP), triton.cdiv(T, run), B)](
+        x, weight, bias, dy, dx, partial, T, D, skip, *x.stride()[:2], *dy.stride()[:2], weight.shape[1], run, STRIP,
         num_warps=STRIP_WARPS,
     )  # fmt: skip
     return dx, partial.sum(0)
@@ -1197,3 +1198,55 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None = N
     tail = x.new_zeros(B, K - 1, D) if tail is None else tail.to(x.dtype)
     x = torch.cat([tail, x], 1)
     return conv(x, weight.contiguous(), bias, K - 1), x[:, T:]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Cross-entropy of rows of logits
+#
+# One program a row. A first pass sums exponentials, a second overwrites the logits with their gradient. The floor is
+# memory, reading and writing each logit once, and holds only if the second pass finds its row in the cache. A row of
+# 50,304 logits takes 100 KB and the H100's L2 holds 50 MB, so: large programs, few at a time; the first pass asks L2 to
+# keep what it read, the second begins with what was read last and asks to forget. Each thread keeps a maximum of its
+# own, so that no two wait for each other before the end of the row.
+
+ROW_BLOCK, ROW_WARPS = 8192, 16
+
+
+@triton.jit
+def cross_entropy_row(logits, targets, losses, V, GRAD: tl.constexpr, BLOCK: tl.constexpr):
+    """loss = log sum_j exp(z_j) - z_target, and with GRAD, z_j <- exp(z_j) / sum_k exp(z_k) - [j = target]."""
+    row = tl.cast(tl.program_id(0), tl.int64)
+    target = tl.load(targets + row)
+    logits += row * V
+    at = tl.load(logits + target, mask=(target >= 0) & (target < V), other=float("nan")).to(tl.float32)
+    cols = tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]  # eight columns a thread
+    m = tl.full((BLOCK // 8,), -1e30, tl.float32)  # finite: a row that begins with -inf stays free of NaN
+    total = tl.zeros((BLOCK // 8,), tl.float32)
+    ahead = tl.load(logits + cols, mask=cols < V, other=float("-inf"), eviction_policy="evict_last")
+    for i in tl.range(BLOCK, V + BLOCK, BLOCK):
+        z = ahead.to(tl.float32)
+        ahead = tl.load(logits + i + cols, mask=i + cols < V, other=float("-inf"), eviction_policy="evict_last")
+        m_new = tl.maximum(m, tl.max(z, 1))
+        total = total * tl.exp2((m - m_new) * LOG2E) + tl.sum(tl.exp2((z - m_new[:, None]) * LOG2E), 1)
+        m = m_new
+    top = tl.max(m, 0)
+    lse = top + tl.log2(tl.sum(total * tl.exp2((m - top) * LOG2E), 0)) * LN2
+    tl.store(losses + row, tl.where(target >= 0, lse - at, 0.0))
+    if GRAD:
+        for i in tl.range(0, V, BLOCK):
+            col = (V - 1) // BLOCK * BLOCK - i + cols
+            z = tl.load(logits + col, mask=col < V, other=0.0, eviction_policy="evict_first").to(tl.float32)
+            p = tl.exp2((z - lse) * LOG2E) - tl.where(col == target, 1.0, 0.0)
+            p = tl.where(target >= 0, p, 0.0).to(logits.dtype.element_ty)
+            tl.store(logits + col, p, mask=col < V, eviction_policy="evict_first")
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, grad: bool) -> Tensor:
+    """Cross-entropy of each row of logits (n, V) in nats -> (n,) float32, 0 where targets (n,) is negative.
+
+    With grad, logits (contiguous) become their own gradient in place: softmax minus one-hot, 0 in rows without a
+    target. A target outside of the vocabulary gives NaN.
+    """
+    losses = logits.new_empty(len(logits), dtype=torch.float32)
+    cross_entropy_row[(len(logits),)](logits, targets, losses, logits.shape[1], grad, ROW_BLOCK, num_warps=ROW_WARPS)
+    return losses

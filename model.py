@@ -34,7 +34,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 try:
     import kernels  # the same operations as Triton kernels, for GPUs; optional
@@ -118,6 +117,12 @@ class HymbaConfig:
                     j = 0 if j < 2 + n % 2 else j - (j - n % 2) % 2
                 owner.append(None if letter == "M" else start + j)
         return owner
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What matrix products with x run in: autocast's dtype for x's device if that is on, else x's own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -255,6 +260,77 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None = N
     return F.silu(y).to(x.dtype), x[:, T:]
 
 
+def cross_entropy(logits: Tensor, targets: Tensor, grad: bool) -> Tensor:
+    """Cross-entropy of each row of logits (n, V) in nats -> (n,), 0 where targets (n,) is negative.
+
+    With grad, logits become their own gradient in place: softmax minus one-hot, 0 in rows without a target.
+    """
+    z, seen = logits.to(torch.promote_types(logits.dtype, torch.float32)), targets >= 0
+    target, lse = targets.clamp(min=0)[:, None], z.logsumexp(-1, keepdim=True)
+    losses = torch.where(seen, (lse - z.gather(1, target)).squeeze(1), 0.0)
+    if grad:
+        z.sub_(lse).exp_().scatter_add_(1, target, -torch.ones_like(lse)).mul_(seen[:, None])
+        logits.copy_(z)
+    return losses
+
+
+@torch.library.custom_op("hymba::linear_cross_entropy", mutates_args=())
+def _linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, fast: bool, grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x (n, C), weight (V, C), targets (n,) -> sum of the losses, the losses (n,), and the sum's gradients.
+
+    Of 4,096 tokens at a time, the gradients are taken while their logits are there: no T x V tensor is ever held, and
+    the backward pass need not multiply by weight again.
+    """
+    rows = kernels.cross_entropy if fast else cross_entropy
+    w, losses = weight.to(dtype), x.new_empty(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
+    dx = x.new_empty(x.shape if grad else 0)
+    dw = weight.new_zeros(weight.shape if grad else 0, dtype=losses.dtype)
+    for i in range(0, len(x), 4096):
+        piece, now = x[i : i + 4096].to(dtype), slice(i, i + 4096)
+        logits = piece @ w.t()  # (4096, V)
+        losses[now] = rows(logits, targets[now], grad)
+        if grad:
+            dx[now] = logits @ w
+            dw += logits.t() @ piece
+        del logits  # before the next piece's are there
+    return losses.sum(), losses, dx, dw
+
+
+@_linear_cross_entropy.register_fake
+def _(x, weight, targets, dtype, fast, grad):
+    losses = x.new_empty(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
+    dx, dw = x.new_empty(x.shape if grad else 0), weight.new_empty(weight.shape if grad else 0, dtype=losses.dtype)
+    return losses.new_empty(()), losses, dx, dw
+
+
+def _linear_cross_entropy_save(ctx, inputs, output):
+    ctx.save_for_backward(*output[2:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.dtype = inputs[1].dtype
+
+
+def _linear_cross_entropy_grad(ctx, d, *_):
+    dx, dw = ctx.saved_tensors
+    return d * dx, (d * dw).to(ctx.dtype), None, None, None, None
+
+
+_linear_cross_entropy.register_autograd(_linear_cross_entropy_grad, setup_context=_linear_cross_entropy_save)
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, fast: bool = False) -> tuple[Tensor, Tensor]:
+    """Cross-entropy in nats of the logits x weight^T: its mean over the targets, and that of each token.
+
+    x (..., C), weight (V, C), targets (...), negative where there is nothing to predict -> () and (...), float32. Only
+    the mean can be differentiated. Tokens without a target have loss 0; if none has one, the mean is NaN.
+    """
+    grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    args = x.flatten(0, -2), weight, targets.flatten(), compute_dtype(x), fast, grad
+    total, losses, _, _ = _linear_cross_entropy(*args)
+    return total / (targets >= 0).sum(), losses.view(targets.shape)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The parts of a block
 
@@ -271,6 +347,18 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
+@torch.library.custom_op("hymba::rope_table", mutates_args=())  # else torch.compile takes every sine in every block
+def rope_table(pos: Tensor, E: int, base: float) -> tuple[Tensor, Tensor]:
+    freq = base ** (-torch.arange(0, E, 2, device=pos.device, dtype=torch.float32) / E)  # (E / 2,)
+    angle = pos[..., None, None] * freq
+    return angle.cos(), angle.sin()
+
+
+@rope_table.register_fake
+def _(pos, E, base):
+    return tuple(torch.empty(*pos.shape, 1, E // 2, device=pos.device) for _ in range(2))
+
+
 def rope_angles(config: HymbaConfig, pos: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin for positions pos (b, T), meta tokens counted: two (b, T, 1, E / 2) float32 tensors.
 
@@ -280,9 +368,7 @@ def rope_angles(config: HymbaConfig, pos: Tensor) -> tuple[Tensor, Tensor]:
     E, base = config.head_size, config.rope_base
     if 0 < config.rope_orig < config.block_size:
         base *= (2 * config.block_size / config.rope_orig - 1) ** (E / (E - 2))
-    freq = base ** (-torch.arange(0, E, 2, device=pos.device, dtype=torch.float32) / E)  # (E / 2,)
-    angle = pos[..., None, None] * freq
-    return angle.cos(), angle.sin()
+    return rope_table(pos, E, base)
 
 
 def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -555,7 +641,11 @@ class Hymba(nn.Module):
                 p.normal_(std=0.02)
 
     def run(self, x: Tensor, cache: Cache | None) -> Tensor:
-        """All blocks on embeddings x (B, T, C), which continue the cache if there is one -> (B, T, C), not normed."""
+        """All blocks on embeddings x (B, T, C), which continue the cache if there is one -> (B, T, C), not normed.
+
+        Under autocast the residual stream is in its dtype, too: half the bytes for every norm and addition.
+        """
+        x = x.to(compute_dtype(x))
         pos = torch.arange(x.shape[1], device=x.device)[None]  # (1, T)
         if cache is not None:
             cache.reserve(x.shape[1])
@@ -582,20 +672,13 @@ class Hymba(nn.Module):
         """Logits or loss of tokens idx (B, T).
 
         Without targets: (logits (B, T, V), None). With targets (B, T), -1 where there is nothing to predict:
-        (None, mean cross-entropy in nats per token), taken in pieces of 2,048 tokens that the backward pass
-        recomputes, so that no T x V tensor is ever held. With a cache (from new_cache), idx continues it.
+        (None, mean cross-entropy in nats per token). With a cache (from new_cache), idx continues it.
         """
         x = self.hidden(idx, cache)
         if targets is None:
             return F.linear(x, self.embed.weight), None
-
-        def piece_loss(x, target):  # (n, C), (n,) -> ()
-            logits = F.linear(x, self.embed.weight)
-            return F.cross_entropy(logits.float(), target, ignore_index=-1, reduction="sum")
-
-        pieces = zip(x.flatten(0, 1).split(2048), targets.flatten().split(2048), strict=True)
-        loss = sum(checkpoint(piece_loss, *piece, use_reentrant=False) for piece in pieces)
-        return None, loss / (targets >= 0).sum()
+        fast = self.config.kernels and kernels is not None and kernels.usable(x)
+        return None, linear_cross_entropy(x, self.embed.weight, targets, fast)[0]
 
     def new_cache(self, batch_size: int, n_tokens: int) -> Cache:
         """A cache for batch_size sequences that has seen the meta tokens and has room for n_tokens before it grows.
@@ -603,9 +686,7 @@ class Hymba(nn.Module):
         The meta tokens run once per model, not per cache; weights that were changed in place, as optimizers and
         load_state_dict do, are noticed and run them again.
         """
-        device, dtype = self.embed.weight.device, self.embed.weight.dtype
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
+        device, dtype = self.embed.weight.device, compute_dtype(self.embed.weight)
         stamp = [str(self.config), dtype, [(p.data_ptr(), p._version) for p in self.parameters()]]
         if self._meta_cache is None or self._meta_cache[0] != stamp:
             once = Cache(self.config, 1, 0, dtype, device)

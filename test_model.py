@@ -34,7 +34,7 @@ import model as model_module
 import prepare
 import sample
 import train
-from model import Cache, Hymba, HymbaConfig, causal_conv, selective_scan, windowed_attention
+from model import Cache, Hymba, HymbaConfig, causal_conv, linear_cross_entropy, selective_scan, windowed_attention
 
 try:
     import triton.runtime.interpreter
@@ -229,7 +229,8 @@ def poisoned(monkeypatch):
         nan = lambda u: (u.detach().fill_(math.nan), u)[1] if u.is_floating_point() else u  # noqa: E731
         monkeypatch.setattr(where, name, lambda *a, f=f, nan=nan, **k: nan(f(*a, **k)))
     if not GPU:
-        for name, value in dict(QUERIES=16, KEYS=16, FLOAT32=(16, 16, 4), CHUNK_QUERIES=16, RUN=16, STRIP=32).items():
+        small = dict(QUERIES=16, KEYS=16, FLOAT32=(16, 16, 4), CHUNK_QUERIES=16, RUN=16, STRIP=32, ROW_BLOCK=16)
+        for name, value in small.items():
             monkeypatch.setattr(kernels, name, value)
 
 
@@ -310,6 +311,41 @@ def test_conv_kernel(T, K, with_tail, device, poisoned):
         {"tail": r(2, K - 1, 42)} if with_tail else {}
     )
     check(kernels.causal_conv, causal_conv, inputs, torch.float32, device)
+
+
+def cross_entropy_inputs(n, V, seed) -> tuple[dict, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    inputs = {"x": torch.randn(n, 16, generator=g), "weight": torch.randn(V, 16, generator=g)}
+    targets = torch.randint(0, V, (n,), generator=g)
+    return inputs, targets.where(torch.rand(n, generator=g) < 0.7, -1).index_fill(0, torch.tensor([n // 2]), V - 1)
+
+
+def plain_cross_entropy(x, weight, targets):
+    logits, targets = F.linear(x, weight), targets.to(x.device)
+    return F.cross_entropy(logits, targets, ignore_index=-1), F.cross_entropy(
+        logits, targets, None, None, -1, None, "none"
+    )
+
+
+@on_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", range(4))
+def test_cross_entropy_kernel(case, dtype, device, poisoned):
+    V = [1, 16, 50, 64] if device == "cpu" else [1, 8192, 50304, 32001]
+    inputs, targets = cross_entropy_inputs([1, 3, 37, 20][case], V[case], case)
+    mine = lambda **u: linear_cross_entropy(**u, targets=targets.to(device), fast=True)[0]  # noqa: E731
+    check(mine, lambda **u: plain_cross_entropy(**u, targets=targets)[0], inputs, dtype, device)
+
+
+@on_device
+def test_cross_entropy_kernel_extremes(device, poisoned):
+    """Logits of +-1e4, rows that begin with -inf, a target outside of the vocabulary."""
+    logits = 1e4 * torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
+    logits[:, :20], targets = float("-inf"), torch.tensor([49, 48, -1, 20, 30, 50])
+    a, b = logits.clone().to(device), logits.clone()[:5]
+    losses = kernels.cross_entropy(a, targets.to(device), True).cpu()
+    assert losses[5].isnan() and error(losses[:5], model_module.cross_entropy(b, targets[:5], True)) < 1e-6
+    assert error(a[:5].cpu(), b) < 1e-6
 
 
 @on_device
@@ -561,18 +597,56 @@ def test_rope_stretch():
                  torch.tensor([math.cos(3 * 10000 ** (-2 / 64))])) < 1e-5  # fmt: skip
 
 
-def test_loss_in_pieces():
+@pytest.mark.parametrize("n, V", [(1, 1), (50, 37), (4100, 61)])  # 4,100 tokens: two pieces
+def test_linear_cross_entropy(n, V):
+    inputs, targets = cross_entropy_inputs(n, V, seed=n)
+    both = compare_with_grads(
+        lambda **u: linear_cross_entropy(**u, targets=targets)[0],
+        lambda **u: plain_cross_entropy(**u, targets=targets)[0],
+        inputs,
+    )
+    assert max(both) < 1e-5
+    with torch.no_grad():
+        losses = linear_cross_entropy(**inputs, targets=targets)[1]
+        assert error(losses, plain_cross_entropy(**inputs, targets=targets)[1]) < 1e-5
+        assert linear_cross_entropy(**inputs, targets=torch.full((n,), -1))[0].isnan()  # as in F.cross_entropy
+
+
+def test_loss():
+    """Of the tied embedding, whose gradient comes from both ends, over two backward passes."""
     model = small("hM")
-    idx = tokens(40, 70)  # 2,800 tokens: two pieces
-    targets = tokens(40, 70, seed=2)
+    idx, targets = tokens(2, 30), tokens(2, 30, seed=2)
     targets[:, :3] = -1
-    none, loss = model(idx, targets)
     logits, no_loss = model(idx)
     expected = F.cross_entropy(logits.flatten(0, 1).double(), targets.flatten(), ignore_index=-1)
+    theirs = torch.autograd.grad(3 * expected, list(model.parameters()))
+    none, loss = model(idx, targets)
+    loss.backward()
+    (2 * model(idx, targets)[1]).backward()
     assert none is None and no_loss is None and abs(loss.item() - expected.item()) < 1e-5
-    mine = torch.autograd.grad(loss, list(model.parameters()))
-    theirs = torch.autograd.grad(expected, list(model.parameters()))
-    assert max(error(a, b) for a, b in zip(mine, theirs, strict=True)) < 1e-4
+    assert max(error(p.grad, g) for p, g in zip(model.parameters(), theirs, strict=True)) < 1e-4
+
+
+def test_autocast():
+    """Everything between the norms' statistics is bfloat16 then, the residual stream included; the loss is not."""
+    model, idx = small("hTM"), tokens(2, 30)
+    expected = model(idx, idx)[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, hidden = model(idx, idx)[1], model.hidden(idx)
+    a, b = (torch.autograd.grad(u, list(model.parameters())) for u in (loss, expected))
+    assert hidden.dtype == torch.bfloat16 and loss.dtype == torch.float32
+    assert error(loss, expected) < 1e-2 and max(error(x, y) for x, y in zip(a, b, strict=True)) < 0.1
+
+
+def test_compile_computes_sines_once():
+    """torch.compile takes the model whole, and sees one table of sines that it cannot repeat in every block."""
+    model, graphs = small("tTt"), []
+    compiled = torch.compile(model, fullgraph=True, backend=lambda graph, _: (graphs.append(graph), graph)[1])
+    idx = tokens(2, 30)
+    a, b = (torch.autograd.grad(m(idx, idx)[1], list(model.parameters())) for m in (model, compiled))
+    assert max(error(x, y) for x, y in zip(a, b, strict=True)) < 1e-6
+    calls = [str(node.target) for node in graphs[0].graph.nodes]
+    assert sum("rope_table" in c for c in calls) == 1 and not any(c in ("sin", "cos") for c in calls)
 
 
 @pytest.mark.parametrize("pattern", LETTERS + ["hH"])
