@@ -889,7 +889,7 @@ class Hymba(nn.Module):
         return peak and self.flops_per_token() * tokens_per_second / peak
 
     def layout(self, kind: str | None) -> dict[str, dict[str, tuple[int, ...]]]:
-        """Where one of FORMATS keeps each parameter: our name -> {their name: shape}, in order of rows. None: our own."""
+        """Where a format (None: our own) keeps each parameter: our name -> {their name: shape}, in order of rows."""
         names, layout = {}, {}
         for theirs, ours in FORMATS[kind].items() if kind else ():
             for i in range(self.config.n_layer if "{i}" in theirs else 1):

@@ -10,6 +10,7 @@ import http.client
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -1449,6 +1450,201 @@ def test_streaming_holds_back_half_characters(capsys):
 
     assert sample.stream(Fixed(), tokenizer, "<", 99) == "<né€🙂"
     assert capsys.readouterr().out == "<né€🙂\n"
+
+
+TEMPLATE = """{{ bos_token }}{% for m in messages %}
+{% if m.role not in ('user', 'assistant') %}{{ raise_exception('no ' + m.role) }}{% endif %}
+<|{{ m.role }}|>{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}
+{% endfor %}
+{% if add_generation_prompt %}
+<|assistant|>
+{%- endif %}"""  # what trim_blocks and lstrip_blocks leave of it is one line
+SPECIAL = ["<s>", "</s>", "<|user|>", "<|assistant|>"]
+
+
+def write_chat_model(folder: Path, merges: int = 0, **settings) -> Path:
+    """A random released Hymba with a tokenizer of ASCII characters and so many merges, and a chat template."""
+    tokenizers = pytest.importorskip("tokenizers", reason="pip install -r requirements-dev.txt")
+    pytest.importorskip("jinja2", reason="pip install -r requirements-dev.txt")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    size = len(SPECIAL) + 27 + merges
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=size, special_tokens=SPECIAL, show_progress=False)
+    letters = "abcdefghijklmnopqrstuvwxyz "
+    tokenizer.train_from_iterator([a + b for a in letters for b in letters], trainer)
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    write_released(folder, HYMBA_JSON | {"vocab_size": size})
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": TEMPLATE} | settings
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2]}))
+    (folder / "config.json").write_text(json.dumps(HYMBA_JSON | {"vocab_size": size, "eos_token_id": 3}))
+    return folder
+
+
+def talk(folder: Path, lines: list[str], monkeypatch, capsys, *flags: str) -> tuple[list[str], str]:
+    """What python sample.py --chat answers to the lines, and what it writes to stderr."""
+    lines = iter([*lines, ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    capsys.readouterr()
+    sample.main([f"--init_from={folder}", "--chat", "--device=cpu", "--max_new_tokens=12", *flags])
+    out, err = capsys.readouterr()
+    return out.split("\n")[:-1], err
+
+
+def test_chat_keeps_the_cache(tmp_path, monkeypatch, capsys):
+    """Greedy answers are those to the whole conversation without a cache, but each turn reads only what is new."""
+    folder, read, run = write_chat_model(tmp_path), [], Hymba.hidden
+    said = ["hello", "the fox", "why"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Hymba, "hidden", lambda self, idx, cache: read.append(idx.shape[1]) or run(self, idx, cache))
+        patch.setattr(Cache, "nbytes", 12_345_678)
+        answers, err = talk(folder, said, patch, capsys, "--temperature=0")
+    model, tokenizer = Hymba.from_pretrained(folder), sample.ReleasedTokenizer(folder)
+    text, held = "<s>", []
+    for line, answer in zip(said, answers, strict=True):
+        text += f"<|user|>{line}<|assistant|>"
+        prompt, expected = tokenizer.encode(text), []
+        for (token,) in model.generate([prompt], 12, temperature=0):
+            if token in (1, 2, 3):
+                break
+            expected.append(token)
+        assert tokenizer.encode(answer) == [token for token in expected if token]  # <s> is no text
+        held.append(len(prompt) + min(len(expected), 11))  # the last of 12 tokens has not been read
+        text += answer + "</s>"
+    assert len(set(answers)) == 3 and "reading the whole" not in err
+    assert re.findall(r"\[cache: 12.3 MB, (\d+) tokens\]", err) == [str(n) for n in held]
+    assert sum(read) == held[-1] and sum(n > 1 for n in read) == 3
+
+
+@pytest.mark.parametrize("reason", ["tokens", "template"])
+def test_chat_reads_again_what_the_cache_does_not_hold(reason, tmp_path, monkeypatch, capsys):
+    """Tokens that their text is not cut into again, or a template that forgets: the answers stay right."""
+    forgets = {"chat_template": TEMPLATE.replace("in messages %}", "in messages[-1:] %}")}
+    folder = write_chat_model(tmp_path, **({"merges": 300} if reason == "tokens" else forgets))
+    said = ["the dog", "over the fox", "the lazy dog"]
+    answers, err = talk(folder, said, monkeypatch, capsys, "--temperature=0")
+    assert "[reading the whole conversation again: nothing is lost but time]" in err
+    render, tokenizer = sample.chat_template(folder), sample.ReleasedTokenizer(folder)
+    messages = []
+    for line, answer in zip(said, answers, strict=True):
+        messages.append({"role": "user", "content": line})
+        add, text = sample.decoder(tokenizer, prompt := tokenizer.encode(render(messages))), ""
+        for (token,) in Hymba.from_pretrained(folder).generate([prompt], 12, temperature=0):
+            if token in (1, 2, 3):
+                break
+            text += add(token)
+        assert text == answer
+        messages.append({"role": "assistant", "content": answer})
+
+
+def test_chat_survives_ctrl_c(tmp_path, monkeypatch, capsys):
+    folder = write_chat_model(tmp_path)
+    plain, _ = talk(folder, ["hello"], monkeypatch, capsys, "--temperature=0")
+    run, calls = Hymba.hidden, []
+
+    def interrupted(self, idx, cache):
+        calls.append(1)
+        if len(calls) == 4:  # between two blocks, say
+            self.blocks[0](torch.zeros(1, 1, 32), model_module.rope_angles(self.config, torch.zeros(1, 1)), None, cache)
+            raise KeyboardInterrupt
+        return run(self, idx, cache)
+
+    monkeypatch.setattr(Hymba, "hidden", interrupted)
+    answers, err = talk(folder, ["hello", "go on"], monkeypatch, capsys, "--temperature=0")
+    assert answers[0] == plain[0][:3] and "[stopped: the next turn reads the whole conversation again]" in err
+    messages = [{"role": r, "content": t} for r, t in [("user", "hello"), ("assistant", answers[0]), ("user", "go on")]]
+    tokenizer = sample.ReleasedTokenizer(folder)
+    prompt = tokenizer.encode(sample.chat_template(folder)(messages))
+    expected = [t for (t,) in Hymba.from_pretrained(folder).generate([prompt], len(answers[1]), temperature=0)]
+    assert tokenizer.decode(expected) == answers[1] and "[cache:" in err
+
+
+def test_chat_template_against_transformers(tmp_path):
+    tr, folder = transformers(), write_chat_model(tmp_path)
+    said = [("user", "hello"), ("assistant", " a\n"), ("user", "the {{ fox }}")]
+    messages = [{"role": role, "content": text} for role, text in said]
+    text = sample.chat_template(folder)(messages)
+    assert text == "<s><|user|>hello<|assistant|> a\n</s><|user|>the {{ fox }}<|assistant|>"
+    file, other = str(folder / "tokenizer.json"), "{% for m in messages %}{{ loop.index0 }}{% break %}{% endfor %}"
+    theirs = tr.PreTrainedTokenizerFast(tokenizer_file=file, bos_token="<s>", eos_token="</s>")
+    for source in (TEMPLATE, other + "{{ strftime_now('%Y') }}\n  {% if 1 %}\nx\n  {% endif %}\n"):
+        expected = theirs.apply_chat_template(
+            messages, chat_template=source, tokenize=False, add_generation_prompt=True
+        )
+        (folder / "chat_template.jinja").write_text(source)  # goes before the one in tokenizer_config.json
+        assert sample.chat_template(folder)(messages) == expected
+
+
+def test_chat_and_tokenizer_errors(tmp_path, monkeypatch):
+    folder = write_chat_model(tmp_path)
+    args = [f"--init_from={folder}", "--chat", "--device=cpu"]
+    monkeypatch.setattr(Hymba, "from_pretrained", lambda *args, **options: pytest.fail("it began to load the weights"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    for template, message in [
+        (None, "has no chat template, so it was not trained to chat: use --prompt"),
+        ([{"name": "tool_use", "template": "x"}], "has no chat template"),
+        ("{% for %}", "the chat template of .*: Expected"),
+        ("{{ raise_exception('only French') }}", "the chat template of .*: only French"),
+        ("{{ messages.append(1) }}", "the chat template of .*: "),  # the sandbox
+        ("{{ ''.__class__.__mro__ }}", "the chat template of .*: "),
+    ]:
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
+        with pytest.raises(ValueError, match=message):
+            sample.main(args)
+    settings["chat_template"] = [{"name": "default", "template": "x"}]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="missing: pip install jinja2"):
+        patch.setitem(sys.modules, "jinja2", None)
+        sample.main(args)
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="missing: pip install tokenizers"):
+        patch.setitem(sys.modules, "tokenizers", None)
+        sample.main(args)
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        (folder / name).unlink()
+    assert sample.ReleasedTokenizer(folder).stops == {3}  # config.json's
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="says nowhere which token ends a text"):
+        sample.main(args)
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="tokenizer.json is corrupt"):
+        sample.main(args)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError, match="has no tokenizer.json"):
+        sample.main(args)
+
+
+def test_sample_released_weights_without_chat(tmp_path, capsys):
+    folder = write_chat_model(tmp_path)
+    sample.main([f"--init_from={folder}", "--prompt=the ", "--device=cpu", "--temperature=0", "--max_new_tokens=9"])
+    model, tokenizer = Hymba.from_pretrained(folder), sample.ReleasedTokenizer(folder)
+    expected = [0, *tokenizer.encode("the ")]
+    for (token,) in model.generate([expected], 9, temperature=0):
+        if token in (1, 2, 3):
+            break
+        expected.append(token)
+    assert capsys.readouterr().out == tokenizer.decode(expected) + "\n"
+
+
+def test_decoder_gives_what_the_whole_text_gives():
+    """Tokens whose text depends on their neighbours: word boundaries, and characters cut into bytes."""
+    tokenizers = pytest.importorskip("tokenizers", reason="pip install -r requirements-dev.txt")
+    decoders = tokenizers.decoders
+    vocab = {name: i for i, name in enumerate(["▁the", "▁fox", "es", "▁", *(f"<0x{b:02X}>" for b in range(256))])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(  # as Llama 2's
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    wrapped = types.SimpleNamespace(n_vocab=260, decode=tokenizer.decode)
+    ids = [0, 1, 2, 1, *(4 + b for b in "é🙂".encode()), 3, 1]
+    for cut in range(len(ids) + 1):
+        add = sample.decoder(wrapped, ids[:cut])
+        pieces = [add(t) for t in ids[cut:]]
+        if not 4 < cut < 10:  # not inside of a character
+            assert tokenizer.decode(ids[:cut]) + "".join(pieces) == "the foxes foxé🙂  fox"
+    add = sample.decoder(wrapped, [0])
+    assert "".join(add(4 + b) for b in b"\xff\xff\xff\xff\xff") + add(1) == "\ufffd" * 5 + " fox"
+    assert add(10**6) == ""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
