@@ -763,12 +763,13 @@ def released_hymba(w: dict, c: dict, idx: torch.Tensor) -> torch.Tensor:
     return (rms(x, w["model.final_layernorm.weight"]) @ w["model.embed_tokens.weight"].T)[:, M:]
 
 
-def test_released_hymba_against_a_plain_forward(tmp_path):
-    tensors = write_released(tmp_path, HYMBA_JSON)
+@pytest.mark.parametrize("groups", [[[1, 2], [4, 5, 6]], []])
+def test_released_hymba_against_a_plain_forward(groups, tmp_path):
+    tensors = write_released(tmp_path, c := HYMBA_JSON | {"kv_reuse_group": groups})
     model, idx = Hymba.from_pretrained(tmp_path), tokens(2, 30, vocab=67)
     assert model.config.pattern == "HhhHhhhH" and model.config.window == 7
     with torch.no_grad():
-        assert error(model(idx)[0], released_hymba(tensors, HYMBA_JSON, idx)) < 1e-5
+        assert error(model(idx)[0], released_hymba(tensors, c, idx)) < 1e-5
 
 
 def test_released_hymba_1_5b_has_exactly_the_published_tensors():
@@ -1089,6 +1090,22 @@ def test_generate_stops_and_samples():
         next(model.generate([[61]]))
     with pytest.raises(ValueError, match="temperature=-1"):
         next(model.generate([[1]], temperature=-1))
+
+
+@pytest.mark.parametrize("pattern", MIXED + ["TTT", "MMM"])
+def test_generate_continues_a_cache(pattern):
+    model = small(pattern)
+    cache, text = model.new_cache(1, 4), []  # with too little room: it grows
+    for n, prompt in enumerate(tokens(3, 9).tolist()):
+        new = text[-1:] + prompt if n else prompt  # the last token was yielded, but not read
+        text += prompt
+        answer = [t for (t,) in model.generate([new], 7, temperature=0, cache=cache)]
+        assert answer == [t for (t,) in model.generate([text], 7, temperature=0)]
+        text += answer
+        assert cache.pos.tolist() == [5 + len(text) - 1]
+    for prompts, rows in [([[1], [2]], 1), ([[1]], 2), ([[1], [2]], 2)]:
+        with pytest.raises(ValueError, match=f"{len(prompts)} prompts, {rows} cache rows: only one prompt continues"):
+            next(model.generate(prompts, cache=model.new_cache(rows, 9)))
 
 
 def test_top_k_and_top_p_distribution():
@@ -1615,15 +1632,17 @@ def test_chat_and_tokenizer_errors(tmp_path, monkeypatch):
 
 
 def test_sample_released_weights_without_chat(tmp_path, capsys):
+    """The tokenizer's own beginning of a text, and each of several tokens that may end it."""
     folder = write_chat_model(tmp_path)
-    sample.main([f"--init_from={folder}", "--prompt=the ", "--device=cpu", "--temperature=0", "--max_new_tokens=9"])
     model, tokenizer = Hymba.from_pretrained(folder), sample.ReleasedTokenizer(folder)
-    expected = [0, *tokenizer.encode("the ")]
-    for (token,) in model.generate([expected], 9, temperature=0):
-        if token in (1, 2, 3):
-            break
-        expected.append(token)
-    assert capsys.readouterr().out == tokenizer.decode(expected) + "\n"
+    prompt, ends = [0, *tokenizer.encode("a")], []
+    answer = [t for (t,) in model.generate([prompt], 9, temperature=0)]
+    for stops in ([1], [1, answer[2]]):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+        sample.main([f"--init_from={folder}", "--prompt=a", "--device=cpu", "--temperature=0", "--max_new_tokens=9"])
+        ends.append(next(i for i, t in enumerate([*answer, 1]) if t in {*stops, 3}))
+        assert capsys.readouterr().out == tokenizer.decode(prompt + answer[: ends[-1]]) + "\n"
+    assert ends[0] > ends[1] > 0
 
 
 def test_decoder_gives_what_the_whole_text_gives():
@@ -1643,7 +1662,7 @@ def test_decoder_gives_what_the_whole_text_gives():
         if not 4 < cut < 10:  # not inside of a character
             assert tokenizer.decode(ids[:cut]) + "".join(pieces) == "the foxes foxé🙂  fox"
     add = sample.decoder(wrapped, [0])
-    assert "".join(add(4 + b) for b in b"\xff\xff\xff\xff\xff") + add(1) == "\ufffd" * 5 + " fox"
+    assert [add(4 + 0xFF) for _ in range(5)] + [add(1)] == ["", "", "", "\ufffd" * 4, "", "\ufffd fox"]
     assert add(10**6) == ""
 
 
