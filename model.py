@@ -8,7 +8,7 @@ A model is a pattern string, one letter a block, which names the block's token m
     M  Mamba: SSM heads                                 (sliding windows always see the meta tokens, too)
 
 Read from top to bottom: configuration, the two reference operations (selective_scan, windowed_attention), the parts
-of a block, the block, the cache, the model. Letters used for sizes throughout:
+of a block, the block, the cache, released weights, the model. Letters used for sizes throughout:
 
     B batch            C model width (n_embd)      H query heads          E query/key head size
     T tokens in call   D inner width (expand * C)  G key/value heads      F value head size
@@ -633,9 +633,10 @@ def released_config(c: dict) -> HymbaConfig:
     return config
 
 
-def pretrained_folder(name: str | Path) -> Path:
+def pretrained_folder(name: str | Path, weights: bool = True) -> Path:
     """The folder of a checkpoint: name itself, or the download of what huggingface.co calls so (owner/model).
 
+    Without weights, only the small files are downloaded, so that what is wrong with them shows before time is spent.
     Raises FileNotFoundError if name is neither, ConnectionError if it cannot be downloaded, and ValueError with the
     line to install if huggingface_hub is missing.
     """
@@ -648,10 +649,12 @@ def pretrained_folder(name: str | Path) -> Path:
         except ImportError:
             message = f"there is no folder {name}; to get it from huggingface.co: pip install huggingface_hub"
             raise ValueError(message) from None
+        patterns = ["*.json", "*.jinja"] + ["model*.safetensors"] * weights
         try:
-            folder = Path(snapshot_download(str(name), allow_patterns=["*.json", "*.jinja", "model*.safetensors"]))
+            folder = Path(snapshot_download(str(name), allow_patterns=patterns))
         except (OSError, ValueError) as e:
-            raise ConnectionError(f"there is no folder {name}, nor a download from huggingface.co: {e}") from None
+            reason = " ".join(str(e).split())
+            raise ConnectionError(f"there is no folder {name}, nor a download from huggingface.co: {reason}") from None
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is not a checkpoint: it has no config.json")
     return folder
@@ -942,7 +945,7 @@ class Hymba(nn.Module):
         Raises FileNotFoundError for a missing file, ConnectionError for a failed download, ValueError for a config.json
         that this file cannot compute and for tensors that do not fit it, naming each missing, unexpected or misshapen.
         """
-        folder = pretrained_folder(name)
+        folder = pretrained_folder(name, weights=False)
         try:
             config = json.loads((folder / "config.json").read_text())
             kind = None if "model" in config else config.get("model_type")
@@ -953,6 +956,7 @@ class Hymba(nn.Module):
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as e:
             raise ValueError(f"{folder / 'config.json'} describes no model: {type(e).__name__}: {e}") from None
 
+        folder = pretrained_folder(name)
         tensors, files = {}, [folder / "model.safetensors"]
         index = folder / "model.safetensors.index.json"
         if not files[0].is_file() and index.is_file():

@@ -47,6 +47,7 @@ class ReleasedTokenizer:
             self.tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as e:  # all that the package raises
             raise ValueError(f"{folder / 'tokenizer.json'} is corrupt: {e}") from None
+        self.tokenizer.no_truncation()  # some files were saved with the limits of their training
         self.n_vocab = self.tokenizer.get_vocab_size()
         configs = [read_json(folder / f"{name}.json") for name in ("tokenizer_config", "generation_config", "config")]
         eos = configs[0].get("eos_token")
@@ -221,12 +222,13 @@ def main(argv: list[str]) -> None:
     if not args.init_from and not runs:
         raise ValueError("no checkpoint under out/: run python train.py first, or pass --init_from=FOLDER")
     newest = runs and [f.parent for f in runs if f.parts[:2] == runs[-1].parts[:2]]  # of the newest run
-    folder = pretrained_folder(args.init_from or min(newest))  # best before last
     device = pick_device(args.device)
+    name = args.init_from or min(newest)  # best before last
+    folder = pretrained_folder(name, weights=False)
     spec = read_json(folder / "config.json").get("tokenizer")  # of train.py's checkpoints
     tokenizer = prepare.load_tokenizer(spec, folder) if spec else ReleasedTokenizer(folder)
     render = chat_template(folder) if args.chat else None
-    model = Hymba.from_pretrained(folder, device=device).eval()
+    model = Hymba.from_pretrained(name, device=device).eval()
     print(f"{folder}: {model.config.pattern}, {model.num_params():,} parameters, on {device}", file=sys.stderr)
     options = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     if args.chat:
