@@ -654,8 +654,9 @@ def test_config_errors(args, message):
 # Released weights: each format from its description alone, and against transformers
 
 
+# No kernel is for heads of 8 or convolutions of 5, so that Triton's interpreter stays out of these tests
 HYMBA_JSON = dict(model_type="hymba", vocab_size=67, hidden_size=32, num_hidden_layers=8, num_attention_heads=4,
-    num_key_value_heads=2, intermediate_size=40, mamba_d_state=4, mamba_d_conv=4, mamba_expand=2, mamba_dt_rank=2,
+    num_key_value_heads=2, intermediate_size=40, mamba_d_state=4, mamba_d_conv=3, mamba_expand=2, mamba_dt_rank=2,
     num_memory_tokens=5, sliding_window=6, global_attn_idx=[0, 3, 7], kv_reuse_group=[[1, 2], [4, 5, 6]],
     rope_theta=10000.0, rope_type="ntk", orig_max_position_embeddings=16, max_position_embeddings=64,
     rms_norm_eps=1e-6, tie_word_embeddings=True, hidden_act="silu")  # fmt: skip
@@ -663,7 +664,7 @@ LLAMA_JSON = dict(model_type="llama", vocab_size=67, hidden_size=32, num_hidden_
     num_key_value_heads=2, intermediate_size=40, max_position_embeddings=64, rms_norm_eps=1e-5, rope_theta=5e5,
     tie_word_embeddings=False, attention_bias=False)  # fmt: skip
 MAMBA_JSON = dict(model_type="mamba", vocab_size=67, hidden_size=32, num_hidden_layers=2, state_size=4, expand=2,
-    conv_kernel=4, time_step_rank=2, intermediate_size=64, use_bias=False, layer_norm_epsilon=1e-5)  # fmt: skip
+    conv_kernel=5, time_step_rank=2, intermediate_size=64, use_bias=False, layer_norm_epsilon=1e-5)  # fmt: skip
 RELEASED = {"hymba": HYMBA_JSON, "llama": LLAMA_JSON, "mamba": MAMBA_JSON}
 
 
@@ -750,7 +751,9 @@ def released_hymba(w: dict, c: dict, idx: torch.Tensor) -> torch.Tensor:
             kv[i] = rotate(new[0]), new[1].unflatten(-1, (G, F_))
         window = None if i in c["global_attn_idx"] else c["sliding_window"] + 1  # q - k <= sliding_window
         attn = dense_attention(rotate(q), *kv[producer.get(i, i)], window, M).flatten(2)
-        s = F.conv1d(F.pad(s.mT, (3, 0)), m["mamba.conv1d.weight"], m["mamba.conv1d.bias"], groups=D).mT
+        s = F.conv1d(
+            F.pad(s.mT, (c["mamba_d_conv"] - 1, 0)), m["mamba.conv1d.weight"], m["mamba.conv1d.bias"], groups=D
+        ).mT
         dt, B, C_ = (F.silu(s) @ m["mamba.x_proj.0.weight"].T).split([R, N, N], -1)
         dt = rms(dt, m["mamba.dt_layernorm.weight"]) @ m["mamba.dt_proj.0.weight"].T
         B, C_ = rms(B, m["mamba.B_layernorm.weight"]), rms(C_, m["mamba.C_layernorm.weight"])
@@ -776,8 +779,8 @@ def test_released_hymba_against_a_plain_forward(groups, tmp_path):
 def test_released_hymba_1_5b_has_exactly_the_published_tensors():
     groups = [[i, i + 1] for i in [*range(1, 14, 2), *range(19, 30, 2)]] + [[16, 17, 18]]
     c = dict(HYMBA_JSON, vocab_size=32001, hidden_size=1600, num_hidden_layers=32, num_attention_heads=25,
-        num_key_value_heads=5, intermediate_size=5504, mamba_d_state=16, mamba_dt_rank=100, num_memory_tokens=128,
-        sliding_window=1024, global_attn_idx=[0, 15, 31], kv_reuse_group=sorted(groups),
+        num_key_value_heads=5, intermediate_size=5504, mamba_d_state=16, mamba_d_conv=4, mamba_dt_rank=100,
+        num_memory_tokens=128, sliding_window=1024, global_attn_idx=[0, 15, 31], kv_reuse_group=sorted(groups),
         orig_max_position_embeddings=2048, max_position_embeddings=8192)  # fmt: skip
     config = model_module.released_config(c)
     _, args = train.parse([str(ROOT / "config/hymba_1.5b.py")])
@@ -872,7 +875,7 @@ Q_PROJ, CONV = "model.layers.1.self_attn.q_proj.weight", "backbone.layers.0.mixe
         ("llama", {Q_PROJ: torch.ones(31, 32)}, rf"{Q_PROJ} of shape \(31, 32\), not \(32, 32\)$"),
         ("llama", {"model.layers.2.mlp.up_proj.weight": torch.ones(1)}, "unexpected model.layers.2.mlp.up_proj."),
         ("llama", {"lm_head.weight": None}, "missing lm_head.weight$"),
-        ("mamba", {CONV: torch.ones(64, 4)}, rf"{CONV} of shape \(64, 4\), not \(64, 1, 4\)$"),
+        ("mamba", {CONV: torch.ones(64, 5)}, rf"{CONV} of shape \(64, 5\), not \(64, 1, 5\)$"),
         ("hymba", {"model.memory_tokens": None, "more": torch.ones(1)}, "missing model.memory_tokens, .* more$"),
     ],
 )
@@ -1022,7 +1025,7 @@ def test_against_mamba(tmp_path):
     """A pure M model against MambaForCausalLM, whose slow path also checks the mixer and the scan."""
     tr = transformers()
     mamba = tr.MambaForCausalLM(tr.MambaConfig(vocab_size=67, hidden_size=32, state_size=4, num_hidden_layers=3,
-        conv_kernel=4, expand=2, time_step_rank=2, layer_norm_epsilon=1e-5, use_mambapy=False, use_cache=False,
+        conv_kernel=5, expand=2, time_step_rank=2, layer_norm_epsilon=1e-5, use_mambapy=False, use_cache=False,
     ))  # fmt: skip
     compare_with_transformers(mamba, tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
@@ -1639,14 +1642,19 @@ def test_sample_released_weights_without_chat(tmp_path, capsys):
     """The tokenizer's own beginning of a text, and each of several tokens that may end it."""
     folder = write_chat_model(tmp_path)
     model, tokenizer = Hymba.from_pretrained(folder), sample.ReleasedTokenizer(folder)
-    prompt, ends = [0, *tokenizer.encode("a")], []
-    answer = [t for (t,) in model.generate([prompt], 9, temperature=0)]
+    for letter in "abcdefghijklmnopqrstuvwxyz":  # one whose continuation does not end at once
+        prompt, ends = [0, *tokenizer.encode(letter)], []
+        answer = [t for (t,) in model.generate([prompt], 9, temperature=0)]
+        if not {1, 3} & set(answer[:3]):
+            break
     for stops in ([1], [1, answer[2]]):
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
-        sample.main([f"--init_from={folder}", "--prompt=a", "--device=cpu", "--temperature=0", "--max_new_tokens=9"])
-        ends.append(next(i for i, t in enumerate([*answer, 1]) if t in {*stops, 3}))
+        sample.main(
+            [f"--init_from={folder}", f"--prompt={letter}", "--device=cpu", "--temperature=0", "--max_new_tokens=9"]
+        )
+        ends.append(next(i for i, t in enumerate([*answer, 3]) if t in {*stops, 3}))
         assert capsys.readouterr().out == tokenizer.decode(prompt + answer[: ends[-1]]) + "\n"
-    assert ends[0] > ends[1] > 0
+    assert ends[0] > 2 >= ends[1]
 
 
 def test_decoder_gives_what_the_whole_text_gives():
