@@ -8,7 +8,7 @@ A model is a pattern string, one letter a block, which names the block's token m
     M  Mamba: SSM heads                                 (sliding windows always see the meta tokens, too)
 
 Read from top to bottom: configuration, the two reference operations (selective_scan, windowed_attention), the parts
-of a block, the block, the cache, the model. Letters used for sizes throughout:
+of a block, the block, the cache, released weights, the model. Letters used for sizes throughout:
 
     B batch            C model width (n_embd)      H query heads          E query/key head size
     T tokens in call   D inner width (expand * C)  G key/value heads      F value head size
@@ -22,6 +22,7 @@ SSM state and the statistics of every norm stay in float32.
 import copy
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import groupby
@@ -67,7 +68,11 @@ class HymbaConfig:
     ssm_norm: bool = False  # RMSNorm on dt, B, C in M blocks, too; hybrid blocks always have it
     rope_base: float = 10000.0
     rope_orig: int = 0  # first training length; once block_size exceeds it, RoPE's base is stretched (NTK). 0: never
+    rope_factor: float = 0.0  # Llama 3's way instead of NTK (0): RoPE's slow waves are slowed down by this factor:
+    rope_low: float = 1.0  # those of fewer periods than this in rope_orig tokens in full,
+    rope_high: float = 4.0  # those of more than this not at all, and in between a blend
     norm_eps: float = 1e-6
+    tied: bool = True  # the embedding is the output layer, too
     kernels: bool = True  # use kernels.py where there are a GPU and Triton
 
     def __post_init__(self):
@@ -84,6 +89,8 @@ class HymbaConfig:
                 raise ValueError(f"pattern '{self.pattern}': unknown letter '{letter}'; use T, t, M, H or h")
         if self.rope_orig and self.head_size == 2:
             raise ValueError("rope_orig needs heads of at least 4 channels: NTK's exponent is E / (E - 2)")
+        if self.rope_factor and not (self.rope_orig and self.rope_low < self.rope_high):
+            raise ValueError("rope_factor needs rope_orig, and rope_low less than rope_high")
         if len(self.pattern) != n:
             raise ValueError(f"pattern '{self.pattern}' has {len(self.pattern)} letters but n_layer={n}; leave one out")
         if self.fusion not in FUSE:
@@ -348,27 +355,32 @@ class RMSNorm(nn.Module):
 
 
 @torch.library.custom_op("hymba::rope_table", mutates_args=())  # else torch.compile takes every sine in every block
-def rope_table(pos: Tensor, E: int, base: float) -> tuple[Tensor, Tensor]:
-    freq = base ** (-torch.arange(0, E, 2, device=pos.device, dtype=torch.float32) / E)  # (E / 2,)
+def rope_table(pos: Tensor, freq: Tensor) -> tuple[Tensor, Tensor]:
     angle = pos[..., None, None] * freq
     return angle.cos(), angle.sin()
 
 
 @rope_table.register_fake
-def _(pos, E, base):
-    return tuple(torch.empty(*pos.shape, 1, E // 2, device=pos.device) for _ in range(2))
+def _(pos, freq):
+    return tuple(torch.empty(*pos.shape, 1, len(freq), device=pos.device) for _ in range(2))
 
 
 def rope_angles(config: HymbaConfig, pos: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin for positions pos (b, T), meta tokens counted: two (b, T, 1, E / 2) float32 tensors.
 
     Longer sequences than rope_orig stretch the base by NTK: base (2 block_size / rope_orig - 1)^(E / (E - 2)), so
-    that the slowest wave turns no further over the new length than it did over the old.
+    that the slowest wave turns no further over the new length than it did over the old. With rope_factor,
+    the slow waves alone are slowed down, as in the release of Llama 3.1 (rope_type "llama3" in its config.json).
     """
-    E, base = config.head_size, config.rope_base
-    if 0 < config.rope_orig < config.block_size:
-        base *= (2 * config.block_size / config.rope_orig - 1) ** (E / (E - 2))
-    return rope_table(pos, E, base)
+    c, E, base = config, config.head_size, config.rope_base
+    if 0 < c.rope_orig < c.block_size and not c.rope_factor:
+        base *= (2 * c.block_size / c.rope_orig - 1) ** (E / (E - 2))
+    freq = base ** (-torch.arange(0, E, 2, device=pos.device, dtype=torch.float32) / E)  # (E / 2,)
+    if c.rope_factor:
+        periods = c.rope_orig * freq / (2 * math.pi)  # in rope_orig tokens
+        keep = ((periods - c.rope_low) / (c.rope_high - c.rope_low)).clamp(0, 1)
+        freq = freq * (keep + (1 - keep) / c.rope_factor)
+    return rope_table(pos, freq)
 
 
 def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -591,6 +603,150 @@ class Cache:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Released weights
+
+# By config.json's model_type: their tensor -> our parameter. Tensors that share one are its rows, in this order.
+FORMATS = {
+    "hymba": {
+        "model.embed_tokens.weight": "embed.weight",
+        "model.memory_tokens": "meta",
+        "model.layers.{i}.input_layernorm.weight": "blocks.{i}.mixer_norm.weight",
+        "model.layers.{i}.mamba.in_proj.weight": "blocks.{i}.mixer.in_proj.weight",
+        "model.layers.{i}.mamba.conv1d.weight": "blocks.{i}.mixer.conv_weight",
+        "model.layers.{i}.mamba.conv1d.bias": "blocks.{i}.mixer.conv_bias",
+        "model.layers.{i}.mamba.x_proj.0.weight": "blocks.{i}.mixer.x_proj.weight",
+        "model.layers.{i}.mamba.dt_layernorm.weight": "blocks.{i}.mixer.dt_norm.weight",
+        "model.layers.{i}.mamba.B_layernorm.weight": "blocks.{i}.mixer.B_norm.weight",
+        "model.layers.{i}.mamba.C_layernorm.weight": "blocks.{i}.mixer.C_norm.weight",
+        "model.layers.{i}.mamba.dt_proj.0.weight": "blocks.{i}.mixer.dt_proj.weight",
+        "model.layers.{i}.mamba.dt_proj.0.bias": "blocks.{i}.mixer.dt_bias",
+        "model.layers.{i}.mamba.A_log.0": "blocks.{i}.mixer.A_log",
+        "model.layers.{i}.mamba.D.0": "blocks.{i}.mixer.D",
+        "model.layers.{i}.mamba.pre_avg_layernorm1.weight": "blocks.{i}.mixer.attn_norm.weight",
+        "model.layers.{i}.mamba.pre_avg_layernorm2.weight": "blocks.{i}.mixer.ssm_norm.weight",
+        "model.layers.{i}.mamba.out_proj.weight": "blocks.{i}.mixer.out_proj.weight",
+        "model.layers.{i}.pre_moe_layernorm.weight": "blocks.{i}.ffn_norm.weight",
+        "model.layers.{i}.moe.experts.0.gate_proj.weight": "blocks.{i}.ffn.gate_proj.weight",
+        "model.layers.{i}.moe.experts.0.up_proj.weight": "blocks.{i}.ffn.up_proj.weight",
+        "model.layers.{i}.moe.experts.0.down_proj.weight": "blocks.{i}.ffn.down_proj.weight",
+        "model.final_layernorm.weight": "norm.weight",
+        "lm_head.weight": "lm_head",
+    },
+    "llama": {
+        "model.embed_tokens.weight": "embed.weight",
+        "model.layers.{i}.input_layernorm.weight": "blocks.{i}.mixer_norm.weight",
+        "model.layers.{i}.self_attn.q_proj.weight": "blocks.{i}.mixer.in_proj.weight",
+        "model.layers.{i}.self_attn.k_proj.weight": "blocks.{i}.mixer.in_proj.weight",
+        "model.layers.{i}.self_attn.v_proj.weight": "blocks.{i}.mixer.in_proj.weight",
+        "model.layers.{i}.self_attn.o_proj.weight": "blocks.{i}.mixer.out_proj.weight",
+        "model.layers.{i}.post_attention_layernorm.weight": "blocks.{i}.ffn_norm.weight",
+        "model.layers.{i}.mlp.gate_proj.weight": "blocks.{i}.ffn.gate_proj.weight",
+        "model.layers.{i}.mlp.up_proj.weight": "blocks.{i}.ffn.up_proj.weight",
+        "model.layers.{i}.mlp.down_proj.weight": "blocks.{i}.ffn.down_proj.weight",
+        "model.norm.weight": "norm.weight",
+        "lm_head.weight": "lm_head",
+    },
+    "mamba": {
+        "backbone.embeddings.weight": "embed.weight",
+        "backbone.layers.{i}.norm.weight": "blocks.{i}.mixer_norm.weight",
+        "backbone.layers.{i}.mixer.in_proj.weight": "blocks.{i}.mixer.in_proj.weight",
+        "backbone.layers.{i}.mixer.conv1d.weight": "blocks.{i}.mixer.conv_weight",
+        "backbone.layers.{i}.mixer.conv1d.bias": "blocks.{i}.mixer.conv_bias",
+        "backbone.layers.{i}.mixer.x_proj.weight": "blocks.{i}.mixer.x_proj.weight",
+        "backbone.layers.{i}.mixer.dt_proj.weight": "blocks.{i}.mixer.dt_proj.weight",
+        "backbone.layers.{i}.mixer.dt_proj.bias": "blocks.{i}.mixer.dt_bias",
+        "backbone.layers.{i}.mixer.A_log": "blocks.{i}.mixer.A_log",
+        "backbone.layers.{i}.mixer.D": "blocks.{i}.mixer.D",
+        "backbone.layers.{i}.mixer.out_proj.weight": "blocks.{i}.mixer.out_proj.weight",
+        "backbone.norm_f.weight": "norm.weight",
+        "lm_head.weight": "lm_head",
+    },
+}
+
+# Stay float32 in a bfloat16 model: what the convolution and the scan multiply and add channel by channel
+FLOAT32 = ("conv_weight", "conv_bias", "dt_bias", "A_log", ".D")
+
+
+def released_config(c: dict) -> HymbaConfig:
+    """The configuration of a released Hymba, or of a Llama or Mamba of transformers, from its config.json.
+
+    Raises ValueError for what this file cannot compute, KeyError or TypeError for what config.json should have.
+    """
+
+    def only(values: dict, **supported) -> None:
+        for key, value in supported.items():
+            if values.get(key) not in (None, value):
+                raise ValueError(f"config.json: {key}={values[key]!r} is not supported, only {value!r}")
+
+    kind, n = c["model_type"], c["num_hidden_layers"]
+    only(c, hidden_act="silu")
+    tied = c.get("tie_word_embeddings", kind != "llama")  # transformers' defaults
+    common = dict(vocab_size=c["vocab_size"], n_embd=c["hidden_size"], tied=tied)
+    if kind == "mamba":
+        only(c, use_bias=False, use_conv_bias=True, intermediate_size=c["expand"] * c["hidden_size"])
+        ssm = dict(d_state=c["state_size"], d_conv=c["conv_kernel"], expand=c["expand"])
+        ssm["dt_rank"] = 0 if c["time_step_rank"] == "auto" else c["time_step_rank"]
+        return HymbaConfig(pattern="M" * n, n_hidden=0, n_meta=0, norm_eps=c["layer_norm_epsilon"], **common, **ssm)
+
+    heads = c["num_attention_heads"]
+    common |= dict(n_head=heads, n_kv_head=c.get("num_key_value_heads") or heads, n_hidden=c["intermediate_size"])
+    common |= dict(norm_eps=c["rms_norm_eps"], block_size=c["max_position_embeddings"])
+    if kind == "llama":
+        only(c, attention_bias=False, mlp_bias=False, head_dim=c["hidden_size"] // heads)
+        rope = c.get("rope_parameters") or c.get("rope_scaling") or {}  # transformers 5, and before
+        base = rope.get("rope_theta") or c.get("rope_theta") or 10000.0
+        if (rope_type := rope.get("rope_type", rope.get("type", "default"))) == "llama3":
+            common |= dict(rope_orig=rope["original_max_position_embeddings"], rope_factor=rope["factor"])
+            common |= dict(rope_low=rope["low_freq_factor"], rope_high=rope["high_freq_factor"])
+        elif rope_type != "default":
+            raise ValueError(f"config.json: rope_type={rope_type!r} is not supported, only 'default' and 'llama3'")
+        return HymbaConfig(pattern="T" * n, n_meta=0, rope_base=base, **common)
+
+    only(c, rope_type="ntk")
+    common |= dict(d_state=c["mamba_d_state"], d_conv=c["mamba_d_conv"], expand=c["mamba_expand"])
+    common |= dict(dt_rank=0 if c["mamba_dt_rank"] == "auto" else c["mamba_dt_rank"], n_meta=c["num_memory_tokens"])
+    config = HymbaConfig(
+        pattern="".join("H" if i in c["global_attn_idx"] else "h" for i in range(n)),
+        window=c["sliding_window"] + 1,  # theirs sees keys up to that far away, ours counts the query itself
+        rope_base=c["rope_theta"],
+        rope_orig=c["orig_max_position_embeddings"] if c.get("rope_type") else 0,
+        kv_share=bool(c["kv_reuse_group"]),
+        **common,
+    )
+    groups = [[i for i in range(n) if config.kv_owner[i] == owner] for owner in range(n)]
+    if (groups := [g for g in groups if len(g) > 1]) != sorted(c["kv_reuse_group"] or []):
+        raise ValueError(f"config.json: kv_reuse_group={c['kv_reuse_group']} is not supported, only {groups}")
+    return config
+
+
+def pretrained_folder(name: str | Path, weights: bool = True) -> Path:
+    """The folder of a checkpoint: name itself, or the download of what huggingface.co calls so (owner/model).
+
+    Without weights, only the small files are downloaded, so that what is wrong with them shows before time is spent.
+    Raises FileNotFoundError if name is neither, ConnectionError if it cannot be downloaded, and ValueError with the
+    line to install if huggingface_hub is missing.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name)):
+            raise FileNotFoundError(f"{name} is not a checkpoint: neither a folder nor owner/model on huggingface.co")
+        try:
+            from huggingface_hub import snapshot_download
+        except ImportError:
+            message = f"there is no folder {name}; to get it from huggingface.co: pip install huggingface_hub"
+            raise ValueError(message) from None
+        patterns = ["*.json", "*.jinja"] + ["model*.safetensors"] * weights
+        try:
+            folder = Path(snapshot_download(str(name), allow_patterns=patterns))
+        except (OSError, ValueError) as e:
+            reason = " ".join(str(e).split())
+            raise ConnectionError(f"there is no folder {name}, nor a download from huggingface.co: {reason}") from None
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} is not a checkpoint: it has no config.json")
+    return folder
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The model
 
 # Dense bf16 peak of a GPU by words of the name it reports, FLOP/s (vendors' data sheets, without sparsity)
@@ -599,7 +755,10 @@ PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e
 
 
 class Hymba(nn.Module):
-    """Decoder-only language model: embedding, blocks by config.pattern, norm, and the embedding again as output."""
+    """Decoder-only language model: embedding, blocks by config.pattern, norm, and the output layer.
+
+    The output layer is the embedding again, unless config.tied is False.
+    """
 
     def __init__(self, config: HymbaConfig):
         super().__init__()
@@ -608,7 +767,8 @@ class Hymba(nn.Module):
         self.meta = nn.Parameter(torch.empty(config.n_meta, config.n_embd)) if config.n_meta else None
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
-        self._meta_cache = None
+        self.lm_head = None if config.tied else nn.Parameter(torch.empty(config.vocab_size, config.n_embd))
+        self._meta_cache = self._source = None
         self.init_weights()
 
     @torch.no_grad()
@@ -639,6 +799,11 @@ class Hymba(nn.Module):
                 p.normal_(std=0.02 / math.sqrt(2 * cfg.n_layer))
             elif p.dim() == 2:
                 p.normal_(std=0.02)
+
+    @property
+    def output(self) -> Tensor:
+        """The output layer (V, C)."""
+        return self.embed.weight if self.lm_head is None else self.lm_head
 
     def run(self, x: Tensor, cache: Cache | None) -> Tensor:
         """All blocks on embeddings x (B, T, C), which continue the cache if there is one -> (B, T, C), not normed.
@@ -676,9 +841,9 @@ class Hymba(nn.Module):
         """
         x = self.hidden(idx, cache)
         if targets is None:
-            return F.linear(x, self.embed.weight), None
+            return F.linear(x, self.output), None
         fast = self.config.kernels and kernels is not None and kernels.usable(x)
-        return None, linear_cross_entropy(x, self.embed.weight, targets, fast)[0]
+        return None, linear_cross_entropy(x, self.output, targets, fast)[0]
 
     def new_cache(self, batch_size: int, n_tokens: int) -> Cache:
         """A cache for batch_size sequences that has seen the meta tokens and has room for n_tokens before it grows.
@@ -708,6 +873,7 @@ class Hymba(nn.Module):
         top_p: float | None = None,
         stop: int | None = None,
         seed: int = 0,
+        cache: Cache | None = None,
     ) -> Iterator[list[int | None]]:
         """Continue every prompt (token ids; lengths may differ), yielding one token for each at every step.
 
@@ -715,6 +881,9 @@ class Hymba(nn.Module):
         `stop` (which is not yielded). Ends when all have, or after max_new_tokens. Temperature 0 is greedy; top_k
         keeps the k likeliest tokens, top_p the likeliest that together reach probability p. Row i draws from its own
         stream of random numbers, (seed, i): what else is in the batch does not change it.
+
+        With a cache of one row (from new_cache), the one prompt continues it. However the iteration ends, the cache
+        has then seen the prompt and all tokens that were yielded but the last.
         """
         if not prompts or not all(len(p) for p in prompts):
             raise ValueError("every prompt needs at least one token: begin an empty one with the end-of-text token")
@@ -722,10 +891,14 @@ class Hymba(nn.Module):
             raise ValueError(f"token {bad[0]} is outside of the vocabulary of {self.config.vocab_size}")
         if temperature < 0 or (top_k is not None and top_k < 1) or not (top_p is None or 0 < top_p <= 1):
             raise ValueError(f"temperature={temperature}, top_k={top_k}, top_p={top_p}: use >= 0, >= 1, and 0 < p <= 1")
+        if cache is not None and not len(prompts) == len(cache.pos) == 1:
+            raise ValueError(f"{len(prompts)} prompts, {len(cache.pos)} cache rows: only one prompt continues one row")
         device = self.embed.weight.device
         rows = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # prompts still going, in order of length
         longest = len(prompts[rows[-1]])
-        cache = self.new_cache(len(rows), longest + (256 if max_new_tokens is None else max_new_tokens))
+        room = longest + (256 if max_new_tokens is None else max_new_tokens)
+        cache = self.new_cache(len(rows), room) if cache is None else cache
+        cache.reserve(room)  # before it is taken apart by rows
         rngs = {i: torch.Generator(device).manual_seed((seed * 1_000_003 + i) % 2**63) for i in rows}
 
         x, done = [], 0  # prefill: rows of equal length together, each group writing into its own rows of the cache
@@ -742,7 +915,7 @@ class Hymba(nn.Module):
 
         step = 0
         while max_new_tokens is None or step < max_new_tokens:
-            logits = F.linear(x, self.embed.weight).float()
+            logits = F.linear(x, self.output).float()
             tokens = sample_token(logits, temperature, top_k, top_p, [rngs[i] for i in rows])
             out: list[int | None] = [None] * len(prompts)
             for i, token in zip(rows, tokens.tolist(), strict=True):
@@ -759,7 +932,7 @@ class Hymba(nn.Module):
                 x = self.hidden(tokens[:, None], cache)[:, -1]
 
     def num_params(self) -> int:
-        """Parameters, the tied embedding counted once."""
+        """Parameters; an embedding that is the output layer, too, counts once."""
         return sum(p.numel() for p in self.parameters())
 
     def cache_bytes(self, n_tokens: int, dtype: torch.dtype = torch.bfloat16) -> int:
@@ -769,8 +942,8 @@ class Hymba(nn.Module):
     def flops_per_token(self, n_tokens: int | None = None, training: bool = True) -> float:
         """Floating-point operations per text token, a multiply-add counted as two.
 
-        Forward: 2 for each weight of a matrix (the embedding counts as the output layer), 2 H (E + F) for each key
-        that attention sees, 7 D N for the scan (dt A, exp, decay h, dt x B, +, and C . h), 2 K D for the convolution.
+        Forward: 2 for each weight of a matrix (the output layer's, too), 2 H (E + F) for each key that attention sees,
+        7 D N for the scan (dt A, exp, decay h, dt x B, +, and C . h), 2 K D for the convolution.
         Training: three times the forward pass (backward is two), averaged over n_tokens (block_size if None), the
         meta tokens' work included. Inference (training=False): one token's forward pass after n_tokens others.
         """
@@ -787,7 +960,7 @@ class Hymba(nn.Module):
                 flops += 2 * mixer.H * (mixer.E + mixer.F) * seen.sum().item()
             if mixer.has_ssm:
                 flops += (7 * c.d_inner * c.d_state + 2 * c.d_conv * c.d_inner) * len(p)
-        output = 2 * self.embed.weight.numel()  # text tokens only
+        output = 2 * self.output.numel()  # text tokens only
         return 3 * (flops / T + output) if training else flops + output
 
     def estimate_mfu(self, tokens_per_second: float) -> float | None:
@@ -799,31 +972,110 @@ class Hymba(nn.Module):
         peak = next((peak for gpu, peak in PEAK_FLOPS.items() if set(gpu.split()) <= set(name.split())), None)
         return peak and self.flops_per_token() * tokens_per_second / peak
 
+    def layout(self, kind: str | None) -> dict[str, dict[str, tuple[int, ...]]]:
+        """Where a format (None: our own) keeps each parameter: our name -> {their name: shape}, in order of rows."""
+        names, layout = {}, {}
+        for theirs, ours in FORMATS[kind].items() if kind else ():
+            for i in range(self.config.n_layer if "{i}" in theirs else 1):
+                names.setdefault(ours.format(i=i), []).append(theirs.format(i=i))
+        for ours, p in self.named_parameters():
+            theirs = names.get(ours, [ours])
+            rows = self.get_submodule(ours.removesuffix(".in_proj.weight")).sizes if len(theirs) > 1 else p.shape[:1]
+            layout[ours] = {name: (n, *p.shape[1:]) for name, n in zip(theirs, rows, strict=True)}
+            if theirs[0].endswith("conv1d.weight"):
+                layout[ours] = {theirs[0]: (len(p), 1, p.shape[1])}  # one input channel a group, as PyTorch has it
+        return layout
+
     def save_pretrained(self, folder: str | Path, **extra) -> None:
-        """Write model.safetensors and config.json ({"model": the configuration, **extra}) into folder."""
+        """Write model.safetensors and config.json into folder, each whole or not at all.
+
+        A model that from_pretrained read from another project's format goes back into that format, the same to the
+        bit as long as nothing has changed it; any other has our names and {"model": the configuration, **extra}.
+        """
+        kind, config, dtypes = self._source or (None, {"model": asdict(self.config)}, {})
+        params, tensors = self.state_dict(), {}
+        for ours, theirs in self.layout(kind).items():
+            parts = params[ours].split([shape[0] for shape in theirs.values()])
+            for (name, shape), part in zip(theirs.items(), parts, strict=True):
+                tensors[name] = part.reshape(shape).to(dtypes.get(name, part.dtype)).contiguous()
+        if self.config.tied and "lm_head.weight" in dtypes:  # the file had the embedding twice
+            tensors["lm_head.weight"] = self.embed.weight.detach().clone()
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: p.contiguous() for name, p in self.state_dict().items()}, folder / "model.safetensors")
-        (folder / "config.json").write_text(json.dumps({"model": asdict(self.config), **extra}, indent=2) + "\n")
+        new = [folder / "model.safetensors.new", folder / "config.json.new"]
+        try:
+            save_file(tensors, new[0], metadata={"format": "pt"})  # transformers wants to know
+            new[1].write_text(json.dumps(config | extra, indent=2) + "\n")
+            for file in new:
+                file.replace(file.with_suffix(""))
+        finally:
+            for file in new:
+                file.unlink(missing_ok=True)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "Hymba":
-        """Load what save_pretrained (and so train.py) wrote, without a second copy of the weights in memory.
+    def from_pretrained(
+        cls, name: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    ) -> "Hymba":
+        """Load a checkpoint: a folder with config.json and safetensors (one file, or shards and their index), or a
+        model on huggingface.co, such as "nvidia/Hymba-1.5B-Base".
 
-        Raises FileNotFoundError without the two files, ValueError naming each missing, unexpected or misshapen tensor.
+        Reads what save_pretrained (and so train.py) writes, released Hymba weights, and transformers' Llama and Mamba.
+        Parameters get dtype, or keep the file's if it is None; those named in FLOAT32 are float32 at least. On a CPU
+        they stay where the file is mapped into memory as long as neither dtype nor rows change: no second copy.
+
+        Raises FileNotFoundError for a missing file, ConnectionError for a failed download, ValueError for a config.json
+        that this file cannot compute and for tensors that do not fit it, naming each missing, unexpected or misshapen.
         """
-        folder = Path(folder)
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"{folder} is not a checkpoint: it has no config.json")
-        config = json.loads((folder / "config.json").read_text())
-        with torch.device("meta"):
-            model = cls(HymbaConfig(**config["model"]))
+        folder = pretrained_folder(name, weights=False)
         try:
-            model.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
-        except RuntimeError as e:  # names each missing, unexpected or misshapen tensor
-            raise ValueError(f"the tensors in {folder} do not fit its config: {' '.join(str(e).split())}") from None
-        except SafetensorError as e:
-            raise ValueError(f"{folder / 'model.safetensors'} is corrupt: {e}") from None
+            config = json.loads((folder / "config.json").read_text())
+            kind = None if "model" in config else config.get("model_type")
+            if "model" not in config and kind not in FORMATS:
+                raise ValueError(f"config.json: model_type={kind!r} is not supported, only {', '.join(FORMATS)}")
+            with torch.device("meta"):
+                model = cls(released_config(config) if kind else HymbaConfig(**config["model"]))
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as e:
+            raise ValueError(f"{folder / 'config.json'} describes no model: {type(e).__name__}: {e}") from None
+
+        folder = pretrained_folder(name)
+        tensors, files = {}, [folder / "model.safetensors"]
+        index = folder / "model.safetensors.index.json"
+        if not files[0].is_file() and index.is_file():
+            files = [folder / file for file in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        for file in files:
+            if not file.is_file():
+                raise FileNotFoundError(f"{folder} is not a whole checkpoint: it has no {file.name}")
+            try:
+                tensors |= load_file(file)  # mapped: nothing is read before it is used
+            except SafetensorError as e:
+                raise ValueError(f"{file} is corrupt: {e}") from None
+
+        layout, dtypes = model.layout(kind), {}
+        shapes = {name: shape for theirs in layout.values() for name, shape in theirs.items()}
+        if kind and model.config.tied and "lm_head.weight" in tensors:
+            (embed,) = layout["embed.weight"]
+            shapes["lm_head.weight"] = shapes[embed]
+            dtypes["lm_head.weight"] = tensors["lm_head.weight"].dtype
+        wrong = [f"missing {name}" for name in shapes if name not in tensors]
+        wrong += [f"unexpected {name}" for name in tensors if name not in shapes]
+        wrong += [f"{name} of shape {tuple(t.shape)}, not {shapes[name]}" for name, t in tensors.items()
+                  if name in shapes and t.shape != shapes[name]]  # fmt: skip
+        if not wrong and dtypes and not torch.equal(tensors["lm_head.weight"], tensors[embed]):
+            wrong = [f"lm_head.weight differs from {embed} despite tie_word_embeddings"]
+        if wrong:
+            raise ValueError(f"the tensors in {folder} do not fit its config.json: {', '.join(wrong)}")
+
+        state = {}
+        for ours, p in model.named_parameters():
+            parts = [tensors[name] for name in layout[ours]]
+            new = (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(p.shape)
+            wanted = dtype or new.dtype
+            if ours.endswith(FLOAT32):
+                dtypes |= dict.fromkeys(layout[ours], wanted)  # save_pretrained goes back to these
+                wanted = torch.promote_types(wanted, torch.float32)
+            state[ours] = new.to(device, wanted)
+        model.load_state_dict(state, assign=True)
+        model._source = (kind, config, dtypes) if kind else None
         return model.requires_grad_()
 
 

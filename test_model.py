@@ -10,6 +10,7 @@ import http.client
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 if not torch.cuda.is_available():  # without a GPU, Triton's interpreter runs the kernels on CPU tensors
     os.environ["TRITON_INTERPRET"] = "1"
@@ -714,6 +716,7 @@ def test_runs_alone_with_kernels_absent(tmp_path):
         ({"fusion": "sum"}, "use mean, diff, concat"),
         ({"window": 0}, "window=0: must be 1 or more"),
         ({"n_meta": -1}, "n_meta=-1: must be 0 or more"),
+        ({"rope_factor": 8.0}, "rope_factor needs rope_orig, and rope_low less than rope_high"),
     ],
 )
 def test_config_errors(args, message):
@@ -722,54 +725,400 @@ def test_config_errors(args, message):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Against transformers, with random weights carried over
+# Released weights: each format from its description alone, and against transformers
+
+
+# No kernel is for heads of 8 or convolutions of 5, so that Triton's interpreter stays out of these tests
+HYMBA_JSON = dict(model_type="hymba", vocab_size=67, hidden_size=32, num_hidden_layers=8, num_attention_heads=4,
+    num_key_value_heads=2, intermediate_size=40, mamba_d_state=4, mamba_d_conv=3, mamba_expand=2, mamba_dt_rank=2,
+    num_memory_tokens=5, sliding_window=6, global_attn_idx=[0, 3, 7], kv_reuse_group=[[1, 2], [4, 5, 6]],
+    rope_theta=10000.0, rope_type="ntk", orig_max_position_embeddings=16, max_position_embeddings=64,
+    rms_norm_eps=1e-6, tie_word_embeddings=True, hidden_act="silu")  # fmt: skip
+LLAMA_JSON = dict(model_type="llama", vocab_size=67, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, intermediate_size=40, max_position_embeddings=64, rms_norm_eps=1e-5, rope_theta=5e5,
+    tie_word_embeddings=False, attention_bias=False)  # fmt: skip
+MAMBA_JSON = dict(model_type="mamba", vocab_size=67, hidden_size=32, num_hidden_layers=2, state_size=4, expand=2,
+    conv_kernel=5, time_step_rank=2, intermediate_size=64, use_bias=False, layer_norm_epsilon=1e-5)  # fmt: skip
+RELEASED = {"hymba": HYMBA_JSON, "llama": LLAMA_JSON, "mamba": MAMBA_JSON}
+
+
+def released_shapes(c: dict) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in a released checkpoint, worked out from config.json by hand."""
+    V, C, n = c["vocab_size"], c["hidden_size"], c["num_hidden_layers"]
+    layers = [f"model.layers.{i}." for i in range(n)]
+    if c["model_type"] == "mamba":
+        D, N, R, K = c["intermediate_size"], c["state_size"], c["time_step_rank"], c["conv_kernel"]
+        shapes = {"backbone.embeddings.weight": (V, C), "backbone.norm_f.weight": (C,)}
+        for p in (f"backbone.layers.{i}." for i in range(n)):
+            shapes |= {p + "norm.weight": (C,), p + "mixer.in_proj.weight": (2 * D, C), p + "mixer.D": (D,)}
+            shapes |= {p + "mixer.conv1d.weight": (D, 1, K), p + "mixer.conv1d.bias": (D,), p + "mixer.A_log": (D, N)}
+            shapes |= {p + "mixer.x_proj.weight": (R + 2 * N, D), p + "mixer.dt_proj.weight": (D, R)}
+            shapes |= {p + "mixer.dt_proj.bias": (D,), p + "mixer.out_proj.weight": (C, D)}
+        return shapes
+    H, G, I = c["num_attention_heads"], c["num_key_value_heads"], c["intermediate_size"]  # noqa: E741
+    E, shapes = C // H, {"model.embed_tokens.weight": (V, C)}
+    if c["model_type"] == "llama":
+        shapes |= {"model.norm.weight": (C,)} | ({} if c["tie_word_embeddings"] else {"lm_head.weight": (V, C)})
+        for p in layers:
+            shapes |= {p + "input_layernorm.weight": (C,), p + "post_attention_layernorm.weight": (C,)}
+            shapes |= {p + f"self_attn.{m}_proj.weight": (h * E, C) for m, h in [("q", H), ("k", G), ("v", G)]}
+            shapes |= {p + "self_attn.o_proj.weight": (C, H * E), p + "mlp.down_proj.weight": (C, I)}
+            shapes |= {p + f"mlp.{m}_proj.weight": (I, C) for m in ("gate", "up")}
+        return shapes
+    D, N, R, K = c["mamba_expand"] * C, c["mamba_d_state"], c["mamba_dt_rank"], c["mamba_d_conv"]
+    shapes |= {"model.memory_tokens": (c["num_memory_tokens"], C), "model.final_layernorm.weight": (C,)}
+    shared = {i for group in c["kv_reuse_group"] for i in group[1:]}
+    for i, p in enumerate(layers):
+        kv = 0 if i in shared else G * E + G * (D // H)
+        shapes |= {p + "input_layernorm.weight": (C,), p + "pre_moe_layernorm.weight": (C,)}
+        shapes |= {p + "mamba.in_proj.weight": (H * E + kv + 2 * D, C), p + "mamba.out_proj.weight": (C, D)}
+        shapes |= {p + "mamba.conv1d.weight": (D, 1, K), p + "mamba.conv1d.bias": (D,), p + "mamba.D.0": (D,)}
+        shapes |= {p + "mamba.x_proj.0.weight": (R + 2 * N, D), p + "mamba.dt_layernorm.weight": (R,)}
+        shapes |= {p + "mamba.B_layernorm.weight": (N,), p + "mamba.C_layernorm.weight": (N,)}
+        shapes |= {p + "mamba.dt_proj.0.weight": (D, R), p + "mamba.dt_proj.0.bias": (D,), p + "mamba.A_log.0": (D, N)}
+        shapes |= {p + "mamba.pre_avg_layernorm1.weight": (D,), p + "mamba.pre_avg_layernorm2.weight": (D,)}
+        shapes |= {p + f"moe.experts.0.{m}_proj.weight": (I, C) for m in ("gate", "up")}
+        shapes |= {p + "moe.experts.0.down_proj.weight": (C, I)}
+    return shapes
+
+
+def write_released(folder: Path, c: dict, shards: int = 1, dtype=torch.float32, **changed) -> dict[str, torch.Tensor]:
+    """A random checkpoint for config.json c; in changed, a tensor by its name, or None to leave it out."""
+    g = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(shape, generator=g) * 0.2 + (len(shape) == 1 and "bias" not in name)
+               for name, shape in released_shapes(c).items()}  # fmt: skip
+    tensors = {name: t.to(dtype) for name, t in (tensors | changed).items() if t is not None}
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(c))
+    files = ["model.safetensors"]
+    if shards > 1:
+        files = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
+    where = {name: files[i % shards] for i, name in enumerate(tensors)}  # a block's tensors in several files
+    for file in files:
+        save_file({name: t for name, t in tensors.items() if where[name] == file}, folder / file, {"format": "pt"})
+    if shards > 1:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return tensors
+
+
+def released_hymba(w: dict, c: dict, idx: torch.Tensor) -> torch.Tensor:
+    """Logits of a released Hymba checkpoint in float64, from the format's description: names, row order, mask, RoPE."""
+    w = {name: t.double() for name, t in w.items()}
+    rms = lambda u, scale: u / (u.square().mean(-1, keepdim=True) + c["rms_norm_eps"]).sqrt() * scale  # noqa: E731
+    C, H, G, M = c["hidden_size"], c["num_attention_heads"], c["num_key_value_heads"], c["num_memory_tokens"]
+    D, E, F_, R, N = 2 * C, C // H, 2 * C // H, c["mamba_dt_rank"], c["mamba_d_state"]
+    x = torch.cat([w["model.memory_tokens"].expand(len(idx), -1, -1), w["model.embed_tokens.weight"][idx]], 1)
+    base = c["rope_theta"] * (2 * c["max_position_embeddings"] / c["orig_max_position_embeddings"] - 1) ** (E / (E - 2))
+    angle = torch.arange(x.shape[1]).double()[:, None, None] * base ** (-torch.arange(0, E, 2).double() / E)
+
+    def rotate(u):
+        a, b = u.unflatten(-1, (-1, E)).chunk(2, -1)
+        return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
+
+    producer, kv = {i: group[0] for group in c["kv_reuse_group"] for i in group}, {}
+    for i in range(c["num_hidden_layers"]):
+        m = {name.removeprefix(f"model.layers.{i}."): t for name, t in w.items()}
+        owns = producer.get(i, i) == i
+        u = rms(x, m["input_layernorm.weight"]) @ m["mamba.in_proj.weight"].T
+        q, *new, s, z = u.split([H * E] + [G * E, G * F_] * owns + [D, D], -1)
+        if owns:
+            kv[i] = rotate(new[0]), new[1].unflatten(-1, (G, F_))
+        window = None if i in c["global_attn_idx"] else c["sliding_window"] + 1  # q - k <= sliding_window
+        attn = dense_attention(rotate(q), *kv[producer.get(i, i)], window, M).flatten(2)
+        s = F.conv1d(
+            F.pad(s.mT, (c["mamba_d_conv"] - 1, 0)), m["mamba.conv1d.weight"], m["mamba.conv1d.bias"], groups=D
+        ).mT
+        dt, B, C_ = (F.silu(s) @ m["mamba.x_proj.0.weight"].T).split([R, N, N], -1)
+        dt = rms(dt, m["mamba.dt_layernorm.weight"]) @ m["mamba.dt_proj.0.weight"].T
+        B, C_ = rms(B, m["mamba.B_layernorm.weight"]), rms(C_, m["mamba.C_layernorm.weight"])
+        A, bias = -m["mamba.A_log.0"].exp(), m["mamba.dt_proj.0.bias"]
+        ssm, _ = scan_loop(F.silu(s), dt, A, B, C_, m["mamba.D.0"], z, bias)
+        a, b = rms(attn, m["mamba.pre_avg_layernorm1.weight"]), rms(ssm, m["mamba.pre_avg_layernorm2.weight"])
+        x = x + (a + b) / 2 @ m["mamba.out_proj.weight"].T
+        h = rms(x, m["pre_moe_layernorm.weight"])
+        gate, up, down = (m[f"moe.experts.0.{name}_proj.weight"].T for name in ("gate", "up", "down"))
+        x = x + (F.silu(h @ gate) * (h @ up)) @ down
+    return (rms(x, w["model.final_layernorm.weight"]) @ w["model.embed_tokens.weight"].T)[:, M:]
+
+
+@pytest.mark.parametrize("groups", [[[1, 2], [4, 5, 6]], []])
+def test_released_hymba_against_a_plain_forward(groups, tmp_path):
+    tensors = write_released(tmp_path, c := HYMBA_JSON | {"kv_reuse_group": groups})
+    model, idx = Hymba.from_pretrained(tmp_path), tokens(2, 30, vocab=67)
+    assert model.config.pattern == "HhhHhhhH" and model.config.window == 7
+    with torch.no_grad():
+        assert error(model(idx)[0], released_hymba(tensors, c, idx)) < 1e-5
+
+
+def test_released_hymba_1_5b_has_exactly_the_published_tensors():
+    groups = [[i, i + 1] for i in [*range(1, 14, 2), *range(19, 30, 2)]] + [[16, 17, 18]]
+    c = dict(HYMBA_JSON, vocab_size=32001, hidden_size=1600, num_hidden_layers=32, num_attention_heads=25,
+        num_key_value_heads=5, intermediate_size=5504, mamba_d_state=16, mamba_d_conv=4, mamba_dt_rank=100,
+        num_memory_tokens=128, sliding_window=1024, global_attn_idx=[0, 15, 31], kv_reuse_group=sorted(groups),
+        orig_max_position_embeddings=2048, max_position_embeddings=8192)  # fmt: skip
+    config = model_module.released_config(c)
+    _, args = train.parse([str(ROOT / "config/hymba_1.5b.py")])
+    expected = asdict(HymbaConfig(**args, vocab_size=32001)) | dict(window=1025, block_size=8192, rope_orig=2048)
+    assert asdict(config) == expected
+    with torch.device("meta"):
+        layout = Hymba(config).layout("hymba")
+    assert {name: shape for theirs in layout.values() for name, shape in theirs.items()} == released_shapes(c)
+    shapes = released_shapes(c)  # and the figures of the description themselves
+    assert shapes["model.layers.1.mamba.in_proj.weight"] == (8960, 1600)
+    assert shapes["model.layers.2.mamba.in_proj.weight"] == (8000, 1600)
+    assert shapes["model.layers.0.mamba.x_proj.0.weight"] == (132, 3200)
+    assert sum(math.prod(shape) for shape in shapes.values()) == 1_522_797_824
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("kind", RELEASED)
+def test_released_round_trip(kind, shards, tmp_path):
+    """bfloat16 files come back the same to the byte, although the model keeps A_log and a few others in float32."""
+    c = RELEASED[kind] | {"architectures": ["what we know nothing of"]}
+    tensors = write_released(tmp_path / "a", c, shards, torch.bfloat16)
+    model, idx = Hymba.from_pretrained(tmp_path / "a"), tokens(1, 9)
+    wide = {name for name, p in model.named_parameters() if p.dtype == torch.float32}
+    assert wide == {name for name in model.state_dict()
+                    if name.endswith(("A_log", "mixer.D", "dt_bias", "conv_weight", "conv_bias"))}  # fmt: skip
+    assert {p.dtype for p in model.parameters()} <= {torch.float32, torch.bfloat16}
+    logits, expected = model(idx)[0], Hymba.from_pretrained(tmp_path / "a", torch.float32)(idx)[0]
+    assert logits.dtype == torch.bfloat16 and error(logits, expected) < 0.15
+    model(idx, idx)[1].backward()
+    assert all(p.grad is not None for p in model.parameters())
+    model.save_pretrained(tmp_path / "b")
+    assert json.loads((tmp_path / "b/config.json").read_text()) == c
+    again = load_file(tmp_path / "b/model.safetensors")
+    assert again.keys() == tensors.keys() and all(again[n].dtype == t.dtype for n, t in tensors.items())
+    assert all(torch.equal(again[n], t) for n, t in tensors.items())
+    if shards == 1:
+        raw = [(tmp_path / x / "model.safetensors").read_bytes() for x in "ab"]
+        assert raw[0] == raw[1]
+    assert sorted(f.name for f in (tmp_path / "b").iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's count of anonymous memory")
+@pytest.mark.parametrize("kind", ["own", "llama"])
+def test_weights_load_without_a_second_copy(kind, tmp_path):
+    """41 MB of embedding (malloc keeps no such piece) stay in the mapped file, and nowhere else, when they are used."""
+    c = LLAMA_JSON | dict(vocab_size=40_000, hidden_size=256, tie_word_embeddings=True)
+    write_released(tmp_path, c)
+    if kind == "own":
+        config = model_module.released_config(c)
+        Hymba(config).save_pretrained(tmp_path)
+
+    def anonymous() -> int:
+        return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
+
+    before = anonymous()
+    model = Hymba.from_pretrained(tmp_path)
+    assert torch.stack([p.detach().sum() for p in model.parameters()]).isfinite().all()
+    assert anonymous() - before < 20e6
+
+
+def test_from_pretrained_dtype_and_device(tmp_path):
+    write_released(tmp_path, HYMBA_JSON)
+    wide = Hymba.from_pretrained(tmp_path, dtype=torch.float64)
+    assert {p.dtype for p in wide.parameters()} == {torch.float64}
+    half = Hymba.from_pretrained(tmp_path, dtype=torch.float16)
+    assert half.embed.weight.dtype == torch.float16 and half.blocks[0].mixer.A_log.dtype == torch.float32
+    assert Hymba.from_pretrained(tmp_path, device="meta").meta.is_meta
+
+
+def test_released_tied_head_in_the_file(tmp_path):
+    """Some files hold the embedding twice: then both copies must be equal, and both are written again."""
+    tensors = write_released(tmp_path, HYMBA_JSON)
+    embed = tensors["model.embed_tokens.weight"]
+    write_released(tmp_path, HYMBA_JSON, **{"lm_head.weight": embed.clone()})
+    model = Hymba.from_pretrained(tmp_path)
+    assert model.lm_head is None
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(load_file(tmp_path / "again/model.safetensors")["lm_head.weight"], embed)
+    write_released(tmp_path, HYMBA_JSON, **{"lm_head.weight": embed + 1})
+    with pytest.raises(ValueError, match="lm_head.weight differs from model.embed_tokens.weight"):
+        Hymba.from_pretrained(tmp_path)
+
+
+Q_PROJ, CONV = "model.layers.1.self_attn.q_proj.weight", "backbone.layers.0.mixer.conv1d.weight"
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize(
+    "kind, tensors, message",
+    [
+        ("llama", {Q_PROJ: None}, f"missing {Q_PROJ}$"),
+        ("llama", {Q_PROJ: torch.ones(31, 32)}, rf"{Q_PROJ} of shape \(31, 32\), not \(32, 32\)$"),
+        ("llama", {"model.layers.2.mlp.up_proj.weight": torch.ones(1)}, "unexpected model.layers.2.mlp.up_proj."),
+        ("llama", {"lm_head.weight": None}, "missing lm_head.weight$"),
+        ("mamba", {CONV: torch.ones(64, 5)}, rf"{CONV} of shape \(64, 5\), not \(64, 1, 5\)$"),
+        ("hymba", {"model.memory_tokens": None, "more": torch.ones(1)}, "missing model.memory_tokens, .* more$"),
+    ],
+)
+def test_released_tensors_that_do_not_fit(kind, tensors, message, shards, tmp_path):
+    write_released(tmp_path, RELEASED[kind], shards, **tensors)
+    with pytest.raises(ValueError, match=message):
+        Hymba.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "kind, changes, message",
+    [
+        ("hymba", {"model_type": "gpt2"}, "model_type='gpt2' is not supported, only hymba, llama, mamba"),
+        ("hymba", {"model_type": None}, "model_type=None is not supported"),
+        ("hymba", {"kv_reuse_group": [[1, 2], [4, 5]]}, r"kv_reuse_group=\[\[1, 2\], \[4, 5\]\] .* only .* \[4, 5, 6"),
+        ("hymba", {"rope_type": "yarn"}, "rope_type='yarn' is not supported, only 'ntk'"),
+        ("hymba", {"sliding_window": None}, "config.json describes no model: TypeError"),
+        ("hymba", {"mamba_d_state": 0}, "d_state=0: must be 1 or more"),
+        ("llama", {"attention_bias": True}, "attention_bias=True is not supported, only False"),
+        ("llama", {"mlp_bias": True}, "mlp_bias=True is not supported, only False"),
+        ("llama", {"head_dim": 16}, "head_dim=16 is not supported, only 8"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported, only 'silu'"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear' is not supported"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type='yarn' is not supported"),
+        ("llama", {"num_attention_heads": 5}, "n_head=5 is not a multiple of n_kv_head=2"),
+        ("mamba", {"use_bias": True}, "use_bias=True is not supported, only False"),
+        ("mamba", {"intermediate_size": 48}, "intermediate_size=48 is not supported, only 64"),
+    ],
+)  # fmt: skip
+def test_released_configs_that_cannot_be_computed(kind, changes, message, tmp_path):
+    write_released(tmp_path, RELEASED[kind])
+    (tmp_path / "config.json").write_text(json.dumps({"head_dim": None} | RELEASED[kind] | changes))
+    with pytest.raises(ValueError, match=message):
+        Hymba.from_pretrained(tmp_path)
+    for key in ("hidden_size", "num_hidden_layers"):
+        (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in RELEASED[kind].items() if k != key}))
+        with pytest.raises(ValueError, match=f"config.json describes no model: KeyError: '{key}'"):
+            Hymba.from_pretrained(tmp_path)
+
+
+def test_released_files_missing_or_corrupt(tmp_path):
+    write_released(tmp_path, LLAMA_JSON, shards=2)
+    second = tmp_path / "model-00002-of-00002.safetensors"
+    whole = second.read_bytes()
+    second.write_bytes(whole[:-5])
+    with pytest.raises(ValueError, match="00002.safetensors is corrupt"):
+        Hymba.from_pretrained(tmp_path)
+    second.unlink()
+    with pytest.raises(FileNotFoundError, match="not a whole checkpoint: it has no model-00002-of-00002.safetensors"):
+        Hymba.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    with pytest.raises(FileNotFoundError, match="it has no model.safetensors"):
+        Hymba.from_pretrained(tmp_path)
+    for text in ("{", "[]", "null", "3"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match="config.json describes no model"):
+            Hymba.from_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="it has no config.json"):
+        Hymba.from_pretrained(tmp_path)
+
+
+def test_released_names_on_the_hub(tmp_path, monkeypatch):
+    write_released(tmp_path, MAMBA_JSON)
+    asked = []
+
+    def snapshot_download(name, allow_patterns):
+        asked.append((name, "model*.safetensors" in allow_patterns))
+        if "down" in name:
+            raise OSError("no\n network")
+        return str(tmp_path)
+
+    hub = types.SimpleNamespace(snapshot_download=snapshot_download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    assert Hymba.from_pretrained("state-spaces/mamba-130m.hf").config.pattern == "MM"
+    with pytest.raises(ConnectionError, match="no folder lab/down, nor a download from huggingface.co: no network"):
+        Hymba.from_pretrained("lab/down")
+    for name in ("mamba", "a/b/c", "/a/b", "../b", "a/", "./a", "a b/c", "https://huggingface.co/a/b"):
+        with pytest.raises(FileNotFoundError, match="neither a folder nor owner/model on huggingface.co"):
+            Hymba.from_pretrained(name)
+    name = "state-spaces/mamba-130m.hf"  # its config.json is read before the weights are downloaded
+    assert asked == [(name, False), (name, True), ("lab/down", False)]
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ValueError, match="to get it from huggingface.co: pip install huggingface_hub"):
+        Hymba.from_pretrained("lab/model")
+
+
+def test_a_crash_in_save_pretrained_leaves_the_old_files(tmp_path, monkeypatch):
+    write_released(tmp_path, MAMBA_JSON)
+    before, model = contents(tmp_path), Hymba.from_pretrained(tmp_path)
+
+    def full(tensors, file, metadata):
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(model_module, "save_file", full)
+        model.save_pretrained(tmp_path)
+    assert contents(tmp_path) == before
+    with torch.no_grad():
+        model.embed.weight.zero_()
+    model.save_pretrained(tmp_path)  # over the file that is mapped
+    assert not Hymba.from_pretrained(tmp_path).embed.weight.any() and error(model.norm.weight, torch.ones(32)) < 1
 
 
 def transformers():
     return pytest.importorskip("transformers", reason="pip install -r requirements-dev.txt")
 
 
-def test_against_llama():
-    tr = transformers()
-    model = small("TTT", n_meta=0, vocab_size=67)
-    llama = tr.LlamaForCausalLM(tr.LlamaConfig(vocab_size=67, hidden_size=32, intermediate_size=40, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-6, rope_theta=10000.0, tie_word_embeddings=True,
-    )).eval()  # fmt: skip
-    own = {"model.embed_tokens.weight": model.embed.weight, "model.norm.weight": model.norm.weight}
-    for i, block in enumerate(model.blocks):
-        p = f"model.layers.{i}."
-        own[p + "input_layernorm.weight"] = block.mixer_norm.weight
-        own[p + "post_attention_layernorm.weight"] = block.ffn_norm.weight
-        names = (f"{p}self_attn.{n}_proj.weight" for n in "qkv")
-        own |= dict(zip(names, block.mixer.in_proj.weight.split(block.mixer.sizes), strict=True))
-        own[p + "self_attn.o_proj.weight"] = block.mixer.out_proj.weight
-        own |= {p + f"mlp.{n}_proj.weight": getattr(block.ffn, f"{n}_proj").weight for n in ("gate", "up", "down")}
-    missing = llama.load_state_dict(own, strict=False)
-    assert missing.missing_keys in ([], ["lm_head.weight"]) and not missing.unexpected_keys
-    idx = tokens(2, 40, vocab=67)
+def compare_with_transformers(theirs, folder: Path, **options) -> Hymba:
+    """Logits of theirs, with weights large enough to matter, and of what we load from its save_pretrained."""
+    g = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        assert error(model(idx)[0], llama(idx).logits) < 1e-5
+        for p in theirs.parameters():
+            p.normal_(std=0.2, generator=g) if p.dim() > 1 else p.add_(torch.rand(p.shape, generator=g) - 0.5)
+    theirs.eval().save_pretrained(folder, **options)
+    model, idx = Hymba.from_pretrained(folder), tokens(2, 40, vocab=67)
+    with torch.no_grad():
+        assert error(model(idx)[0], theirs(idx).logits) < 1e-5
+    model.save_pretrained(folder / "again")
+    with torch.no_grad():  # theirs reads what we write
+        assert torch.equal(type(theirs).from_pretrained(folder / "again")(idx).logits, theirs(idx).logits)
+    return model
 
 
-def test_against_mamba():
-    """A pure M model (n_hidden=0) against MambaForCausalLM, whose slow path also checks the mixer and the scan."""
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+LLAMA3 |= dict(original_max_position_embeddings=16)
+
+
+@pytest.mark.parametrize("rope", [{"rope_type": "default"}, LLAMA3], ids=["plain", "llama3"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_against_llama(tied, rope, tmp_path):
     tr = transformers()
-    model = small("MMM", n_meta=0, n_hidden=0, vocab_size=67)
+    c = tr.LlamaConfig(vocab_size=67, hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, rms_norm_eps=1e-5, tie_word_embeddings=tied,
+        rope_parameters=rope | {"rope_theta": 500.0})  # fmt: skip
+    model = compare_with_transformers(tr.LlamaForCausalLM(c), tmp_path)
+    assert model.config.tied == tied and (model.lm_head is None) == tied
+    # transformers before 5 wrote it so
+    c = json.loads((tmp_path / "config.json").read_text())
+    c |= {"rope_theta": c.pop("rope_parameters")["rope_theta"], "rope_scaling": rope if rope == LLAMA3 else None}
+    (tmp_path / "config.json").write_text(json.dumps(c))
+    assert Hymba.from_pretrained(tmp_path).config == model.config
+
+
+def test_against_mamba(tmp_path):
+    """A pure M model against MambaForCausalLM, whose slow path also checks the mixer and the scan."""
+    tr = transformers()
     mamba = tr.MambaForCausalLM(tr.MambaConfig(vocab_size=67, hidden_size=32, state_size=4, num_hidden_layers=3,
-        conv_kernel=4, expand=2, time_step_rank=2, layer_norm_epsilon=1e-6, use_mambapy=False, residual_in_fp32=True,
-        tie_word_embeddings=True, use_cache=False)).eval()  # fmt: skip
-    own = {"backbone.embeddings.weight": model.embed.weight, "backbone.norm_f.weight": model.norm.weight}
-    for i, block in enumerate(model.blocks):
-        p, m = f"backbone.layers.{i}.", block.mixer
-        own[p + "norm.weight"] = block.mixer_norm.weight
-        own |= {p + f"mixer.{n}.weight": getattr(m, n).weight for n in ("in_proj", "x_proj", "dt_proj", "out_proj")}
-        own |= {p + "mixer.dt_proj.bias": m.dt_bias, p + "mixer.A_log": m.A_log, p + "mixer.D": m.D}
-        own |= {p + "mixer.conv1d.weight": m.conv_weight[:, None], p + "mixer.conv1d.bias": m.conv_bias}
-    missing = mamba.load_state_dict(own, strict=False)
-    assert missing.missing_keys in ([], ["lm_head.weight"]) and not missing.unexpected_keys
-    idx = tokens(2, 40, vocab=67)
+        conv_kernel=5, expand=2, time_step_rank=2, layer_norm_epsilon=1e-5, use_mambapy=False, use_cache=False,
+    ))  # fmt: skip
+    compare_with_transformers(mamba, tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+
+
+def test_untied_output_layer():
+    """Every use of the output layer: logits, the loss, generation, and the counts of parameters and operations."""
+    tied, model = small("hM"), small("hM", tied=False)
     with torch.no_grad():
-        assert error(model(idx)[0], mamba(idx).logits) < 1e-5
+        model.lm_head.normal_(std=0.5)
+    idx = tokens(1, 9)
+    logits, loss = model(idx)[0], model(idx, idx)[1]
+    hidden = model.hidden(idx)
+    assert torch.equal(logits, hidden @ model.lm_head.T)
+    assert abs(loss - F.cross_entropy(logits[0], idx[0])) < 1e-5
+    assert next(model.generate([idx[0].tolist()], 1, temperature=0)) == [logits[0, -1].argmax().item()]
+    assert model.num_params() == tied.num_params() + 61 * 32 and model.flops_per_token() == tied.flops_per_token()
+    groups = train.optimizer_for(model, train.TrainConfig()).param_groups
+    assert any(p is model.lm_head for p in groups[1]["params"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -822,6 +1171,22 @@ def test_generate_stops_and_samples():
         next(model.generate([[1]], temperature=-1))
 
 
+@pytest.mark.parametrize("pattern", MIXED + ["TTT", "MMM"])
+def test_generate_continues_a_cache(pattern):
+    model = small(pattern)
+    cache, text = model.new_cache(1, 4), []  # with too little room: it grows
+    for n, prompt in enumerate(tokens(3, 9).tolist()):
+        new = text[-1:] + prompt if n else prompt  # the last token was yielded, but not read
+        text += prompt
+        answer = [t for (t,) in model.generate([new], 7, temperature=0, cache=cache)]
+        assert answer == [t for (t,) in model.generate([text], 7, temperature=0)]
+        text += answer
+        assert cache.pos.tolist() == [5 + len(text) - 1]
+    for prompts, rows in [([[1], [2]], 1), ([[1]], 2), ([[1], [2]], 2)]:
+        with pytest.raises(ValueError, match=f"{len(prompts)} prompts, {rows} cache rows: only one prompt continues"):
+            next(model.generate(prompts, cache=model.new_cache(rows, 9)))
+
+
 def test_top_k_and_top_p_distribution():
     logits = torch.log(torch.tensor([[0.05, 0.5, 0.15, 0.3]])).repeat(4000, 1)
     rng = [torch.Generator().manual_seed(0)] * 4000
@@ -837,8 +1202,6 @@ def test_top_k_and_top_p_distribution():
 
 
 def test_pretrained_round_trip_and_errors(tmp_path):
-    from safetensors.torch import load_file, save_file
-
     model = small("HhM")
     model.save_pretrained(tmp_path, step=3)
     again = Hymba.from_pretrained(tmp_path)
@@ -848,7 +1211,7 @@ def test_pretrained_round_trip_and_errors(tmp_path):
     tensors["extra"] = tensors.pop("meta")
     tensors["norm.weight"] = torch.ones(3)
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"Missing.*meta.*Unexpected.*extra.*norm.weight.*\[3\].*\[32\]"):
+    with pytest.raises(ValueError, match=r"missing meta, unexpected extra, norm.weight of shape \(3,\), not \(32,\)$"):
         Hymba.from_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match="is not a checkpoint"):
         Hymba.from_pretrained(tmp_path / "nowhere")
@@ -1073,6 +1436,7 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     folder.rename(tmp_path / "last.old")  # as if it stopped between the two renames
     folder = tmp_path / "last"
     config = json.loads((tmp_path / "last.old/config.json").read_text()) | {"tokenizer": "bytes"}
+    del config["model"]["tied"]  # a flag younger than the checkpoint
     (tmp_path / "last.old/config.json").write_text(json.dumps(config))
     assert train.load_checkpoint(folder, model, optimizer, "bytes", Path("none"))["step"] == 1
 
@@ -1183,6 +1547,209 @@ def test_streaming_holds_back_half_characters(capsys):
 
     assert sample.stream(Fixed(), tokenizer, "<", 99) == "<né€🙂"
     assert capsys.readouterr().out == "<né€🙂\n"
+
+
+TEMPLATE = """{{ bos_token }}{% for m in messages %}
+{% if m.role not in ('user', 'assistant') %}{{ raise_exception('no ' + m.role) }}{% endif %}
+<|{{ m.role }}|>{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}
+{% endfor %}
+{% if add_generation_prompt %}
+<|assistant|>
+{%- endif %}"""  # what trim_blocks and lstrip_blocks leave of it is one line
+SPECIAL = ["<s>", "</s>", "<|user|>", "<|assistant|>"]
+
+
+def write_chat_model(folder: Path, merges: int = 0, **settings) -> Path:
+    """A random released Hymba with a tokenizer of ASCII characters and so many merges, and a chat template."""
+    tokenizers = pytest.importorskip("tokenizers", reason="pip install -r requirements-dev.txt")
+    pytest.importorskip("jinja2", reason="pip install -r requirements-dev.txt")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    size = len(SPECIAL) + 27 + merges
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=size, special_tokens=SPECIAL, show_progress=False)
+    letters = "abcdefghijklmnopqrstuvwxyz "
+    tokenizer.train_from_iterator([a + b for a in letters for b in letters], trainer)
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    write_released(folder, HYMBA_JSON | {"vocab_size": size})
+    tokenizer.enable_truncation(4)  # of some batch in its training, not of ours
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": TEMPLATE} | settings
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2]}))
+    (folder / "config.json").write_text(json.dumps(HYMBA_JSON | {"vocab_size": size, "eos_token_id": 3}))
+    return folder
+
+
+def talk(folder: Path, lines: list[str], monkeypatch, capsys, *flags: str) -> tuple[list[str], str]:
+    """What python sample.py --chat answers to the lines, and what it writes to stderr."""
+    lines = iter([*lines, ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    capsys.readouterr()
+    sample.main([f"--init_from={folder}", "--chat", "--device=cpu", "--max_new_tokens=12", *flags])
+    out, err = capsys.readouterr()
+    return out.split("\n")[:-1], err
+
+
+def test_chat_keeps_the_cache(tmp_path, monkeypatch, capsys):
+    """Greedy answers are those to the whole conversation without a cache, but each turn reads only what is new."""
+    folder, read, run = write_chat_model(tmp_path), [], Hymba.hidden
+    said = ["hello", "the fox", "why"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Hymba, "hidden", lambda self, idx, cache: read.append(idx.shape[1]) or run(self, idx, cache))
+        patch.setattr(Cache, "nbytes", 12_345_678)
+        answers, err = talk(folder, said, patch, capsys, "--temperature=0")
+    model, tokenizer = Hymba.from_pretrained(folder), sample.ReleasedTokenizer(folder)
+    text, held = "<s>", []
+    for line, answer in zip(said, answers, strict=True):
+        text += f"<|user|>{line}<|assistant|>"
+        prompt, expected = tokenizer.encode(text), []
+        for (token,) in model.generate([prompt], 12, temperature=0):
+            if token in (1, 2, 3):
+                break
+            expected.append(token)
+        assert tokenizer.encode(answer) == [token for token in expected if token]  # <s> is no text
+        held.append(len(prompt) + min(len(expected), 11))  # the last of 12 tokens has not been read
+        text += answer + "</s>"
+    assert len(set(answers)) == 3 and "reading the whole" not in err
+    assert re.findall(r"\[cache: 12.3 MB, (\d+) tokens\]", err) == [str(n) for n in held]
+    assert sum(read) == held[-1] and sum(n > 1 for n in read) == 3
+
+
+@pytest.mark.parametrize("reason", ["tokens", "template"])
+def test_chat_reads_again_what_the_cache_does_not_hold(reason, tmp_path, monkeypatch, capsys):
+    """Tokens that their text is not cut into again, or a template that forgets: the answers stay right."""
+    forgets = {"chat_template": TEMPLATE.replace("in messages %}", "in messages[-1:] %}")}
+    folder = write_chat_model(tmp_path, **({"merges": 300} if reason == "tokens" else forgets))
+    said = ["the dog", "over the fox", "the lazy dog"]
+    answers, err = talk(folder, said, monkeypatch, capsys, "--temperature=0")
+    assert "[reading the whole conversation again: nothing is lost but time]" in err
+    render, tokenizer = sample.chat_template(folder), sample.ReleasedTokenizer(folder)
+    messages = []
+    for line, answer in zip(said, answers, strict=True):
+        messages.append({"role": "user", "content": line})
+        add, text = sample.decoder(tokenizer, prompt := tokenizer.encode(render(messages))), ""
+        for (token,) in Hymba.from_pretrained(folder).generate([prompt], 12, temperature=0):
+            if token in (1, 2, 3):
+                break
+            text += add(token)
+        assert text == answer
+        messages.append({"role": "assistant", "content": answer})
+
+
+def test_chat_survives_ctrl_c(tmp_path, monkeypatch, capsys):
+    folder = write_chat_model(tmp_path)
+    plain, _ = talk(folder, ["hello"], monkeypatch, capsys, "--temperature=0")
+    run, calls = Hymba.hidden, []
+
+    def interrupted(self, idx, cache):
+        calls.append(1)
+        if len(calls) == 4:  # between two blocks, say
+            self.blocks[0](torch.zeros(1, 1, 32), model_module.rope_angles(self.config, torch.zeros(1, 1)), None, cache)
+            raise KeyboardInterrupt
+        return run(self, idx, cache)
+
+    monkeypatch.setattr(Hymba, "hidden", interrupted)
+    answers, err = talk(folder, ["hello", "go on"], monkeypatch, capsys, "--temperature=0")
+    assert answers[0] == plain[0][:3] and "[stopped: the next turn reads the whole conversation again]" in err
+    messages = [{"role": r, "content": t} for r, t in [("user", "hello"), ("assistant", answers[0]), ("user", "go on")]]
+    tokenizer = sample.ReleasedTokenizer(folder)
+    prompt = tokenizer.encode(sample.chat_template(folder)(messages))
+    expected = [t for (t,) in Hymba.from_pretrained(folder).generate([prompt], len(answers[1]), temperature=0)]
+    assert tokenizer.decode(expected) == answers[1] and "[cache:" in err
+
+
+def test_chat_template_against_transformers(tmp_path):
+    tr, folder = transformers(), write_chat_model(tmp_path)
+    said = [("user", "hello"), ("assistant", " a\n"), ("user", "the {{ fox }}")]
+    messages = [{"role": role, "content": text} for role, text in said]
+    text = sample.chat_template(folder)(messages)
+    assert text == "<s><|user|>hello<|assistant|> a\n</s><|user|>the {{ fox }}<|assistant|>"
+    file, other = str(folder / "tokenizer.json"), "{% for m in messages %}{{ loop.index0 }}{% break %}{% endfor %}"
+    theirs = tr.PreTrainedTokenizerFast(tokenizer_file=file, bos_token="<s>", eos_token="</s>")
+    for source in (TEMPLATE, other + "{{ strftime_now('%Y') }}\n  {% if 1 %}\nx\n  {% endif %}\n"):
+        expected = theirs.apply_chat_template(
+            messages, chat_template=source, tokenize=False, add_generation_prompt=True
+        )
+        (folder / "chat_template.jinja").write_text(source)  # goes before the one in tokenizer_config.json
+        assert sample.chat_template(folder)(messages) == expected
+
+
+def test_chat_and_tokenizer_errors(tmp_path, monkeypatch):
+    folder = write_chat_model(tmp_path)
+    args = [f"--init_from={folder}", "--chat", "--device=cpu"]
+    monkeypatch.setattr(Hymba, "from_pretrained", lambda *args, **options: pytest.fail("it began to load the weights"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    for template, message in [
+        (None, "has no chat template, so it was not trained to chat: use --prompt"),
+        ([{"name": "tool_use", "template": "x"}], "has no chat template"),
+        ("{% for %}", "the chat template of .*: Expected"),
+        ("{{ raise_exception('only French') }}", "the chat template of .*: only French"),
+        ("{{ messages.append(1) }}", "the chat template of .*: "),  # the sandbox
+        ("{{ ''.__class__.__mro__ }}", "the chat template of .*: "),
+    ]:
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
+        with pytest.raises(ValueError, match=message):
+            sample.main(args)
+    settings["chat_template"] = [{"name": "default", "template": "x"}]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="missing: pip install jinja2"):
+        patch.setitem(sys.modules, "jinja2", None)
+        sample.main(args)
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="missing: pip install tokenizers"):
+        patch.setitem(sys.modules, "tokenizers", None)
+        sample.main(args)
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        (folder / name).unlink()
+    assert sample.ReleasedTokenizer(folder).stops == {3}  # config.json's
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="says nowhere which token ends a text"):
+        sample.main(args)
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="tokenizer.json is corrupt"):
+        sample.main(args)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError, match="has no tokenizer.json"):
+        sample.main(args)
+
+
+def test_sample_released_weights_without_chat(tmp_path, capsys):
+    """The tokenizer's own beginning of a text, and each of several tokens that may end it."""
+    folder = write_chat_model(tmp_path)
+    model, tokenizer = Hymba.from_pretrained(folder), sample.ReleasedTokenizer(folder)
+    for letter in "abcdefghijklmnopqrstuvwxyz":  # one whose continuation does not end at once
+        prompt, ends = [0, *tokenizer.encode(letter)], []
+        answer = [t for (t,) in model.generate([prompt], 9, temperature=0)]
+        if not {1, 3} & set(answer[:3]):
+            break
+    for stops in ([1], [1, answer[2]]):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+        sample.main(
+            [f"--init_from={folder}", f"--prompt={letter}", "--device=cpu", "--temperature=0", "--max_new_tokens=9"]
+        )
+        ends.append(next(i for i, t in enumerate([*answer, 3]) if t in {*stops, 3}))
+        assert capsys.readouterr().out == tokenizer.decode(prompt + answer[: ends[-1]]) + "\n"
+    assert ends[0] > 2 >= ends[1]
+
+
+def test_decoder_gives_what_the_whole_text_gives():
+    """Tokens whose text depends on their neighbours: word boundaries, and characters cut into bytes."""
+    tokenizers = pytest.importorskip("tokenizers", reason="pip install -r requirements-dev.txt")
+    decoders = tokenizers.decoders
+    vocab = {name: i for i, name in enumerate(["▁the", "▁fox", "es", "▁", *(f"<0x{b:02X}>" for b in range(256))])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(  # as Llama 2's
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    wrapped = types.SimpleNamespace(n_vocab=260, decode=tokenizer.decode)
+    ids = [0, 1, 2, 1, *(4 + b for b in "é🙂".encode()), 3, 1]
+    for cut in range(len(ids) + 1):
+        add = sample.decoder(wrapped, ids[:cut])
+        pieces = [add(t) for t in ids[cut:]]
+        if not 4 < cut < 10:  # not inside of a character
+            assert tokenizer.decode(ids[:cut]) + "".join(pieces) == "the foxes foxé🙂  fox"
+    add = sample.decoder(wrapped, [0])
+    assert [add(4 + 0xFF) for _ in range(5)] + [add(1)] == ["", "", "", "\ufffd" * 4, "", "\ufffd fox"]
+    assert add(10**6) == ""
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -225,10 +225,10 @@ def load_checkpoint(folder: Path, model: Hymba, optimizer, tokenizer: str, token
     if not (folder / "config.json").is_file():
         raise ValueError(f"nothing to resume: {folder} holds no checkpoint; leave --resume out to start one")
     extra = json.loads((folder / "config.json").read_text())
-    mine, theirs = asdict(model.config), extra["model"]
-    differ = [k for k in mine if mine[k] != theirs.get(k) and k not in ("block_size", "kernels")]
+    mine, theirs = asdict(model.config), asdict(HymbaConfig(**extra["model"]))
+    differ = [k for k in mine if mine[k] != theirs[k] and k not in ("block_size", "kernels")]
     if differ:
-        changes = ", ".join(f"{k}={theirs.get(k)!r} there and {mine[k]!r} here" for k in differ)
+        changes = ", ".join(f"{k}={theirs[k]!r} there and {mine[k]!r} here" for k in differ)
         raise ValueError(f"{folder} is a checkpoint of another architecture: {changes}")
     ranks = [f.read_bytes() if f.is_file() else b"" for f in (tokenizer_file, folder / tokenizer_file.name)]
     if extra["tokenizer"] != tokenizer or ranks[0] != ranks[1]:
