@@ -750,10 +750,10 @@ def test_generate_stops_and_samples():
 
 def test_top_k_and_top_p_distribution():
     logits = torch.log(torch.tensor([[0.05, 0.5, 0.15, 0.3]])).repeat(4000, 1)
-    rng = [torch.Generator().manual_seed(0)] * 4000
+    counter = 0, torch.arange(4000), torch.full((4000,), 9)
 
     def shares(temperature=1.0, top_k=None, top_p=None):
-        return torch.bincount(model_module.sample_token(logits, temperature, top_k, top_p, rng), minlength=4) / 4000
+        return torch.bincount(model_module.sample_token(logits, temperature, top_k, top_p, counter), minlength=4) / 4000
 
     assert torch.allclose(shares(), torch.tensor([0.05, 0.5, 0.15, 0.3]), atol=0.03)
     assert torch.allclose(shares(top_k=2), torch.tensor([0, 0.625, 0, 0.375]), atol=0.03)
@@ -784,7 +784,7 @@ def test_cache_refuses_long_calls_for_ragged_rows():
     cache = Cache(HymbaConfig(**SMALL, pattern="TT"), 2, 9, torch.float32, torch.device("cpu"))
     cache.ragged = True
     with pytest.raises(ValueError, match="one token a call"):
-        cache.append(0, None, torch.zeros(2, 3, 2, 8), torch.zeros(2, 3, 2, 8))
+        cache.block(0).extend(None, torch.zeros(2, 3, 2, 8), torch.zeros(2, 3, 2, 8))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
