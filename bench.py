@@ -9,9 +9,9 @@ Speed and memory, ours beside the peers that are installed: python bench.py WHAT
                 causal attention beside PyTorch's own (SDPA)
     train       training steps of config/*_125m.py (bfloat16, torch.compile, fused AdamW, vocabulary 50,304): Hymba, the
                 same with mamba-ssm's scan and FlexAttention in place of our kernels, Llama and the other baselines
-    decode      inference in bfloat16 with random weights after 8,192 tokens of context: Hymba-1.5B and Llama-3.2-3B (here
-                and in transformers), at each of --batches, halved until it fits. Prefill, at batches 1 and 16, reads
-                prompts of that length; a decode step starts from a cache with random contents
+    decode      inference in bfloat16 with random weights after 8,192 tokens of context: Hymba-1.5B and Llama-3.2-3B
+                (here and in transformers), at each of --batches, halved until it fits. Prefill, at batches 1 and 16,
+                reads prompts of that length; a decode step starts from a cache with random contents
     roadmap     the paper's Table 1 as flags of one model (Hymba-350M's sizes): cache and decode speed beside the
                 paper's, as ratios to attention heads only
     sweep       decode speed against cache bytes of patterns T, t, M and Hymba's, from 1k to 128k tokens
@@ -447,8 +447,6 @@ def decode_gpu(batches: list[int], names: list[str], options: dict) -> list[dict
         if names and name not in names:
             continue
         for batch in batches:
-            if rows and rows[-1]["name"] == name and rows[-1]["batch"] < batch // 2:
-                continue  # a smaller batch did not fit already
             spec |= dict(batch=batch, contexts=[8192], prefill=batch in (1, 16)) | options
             rows += run_worker(name, spec)
             table(rows[-1:])

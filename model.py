@@ -353,20 +353,14 @@ class HybridHeads(nn.Module):
     def attend(self, parts, rope, kv, cache):
         """Attention heads: parts q (B, T, H E), and k, v where this block owns them -> (B, T, H F) and its k, v."""
         B, T, _ = parts[0].shape
-        q, k, v = parts.pop(0).view(B, T, self.H, self.E), None, None
+        q = apply_rope(parts.pop(0).view(B, T, self.H, self.E), rope)
         if self.owns_kv:
-            k, v = parts.pop(0).view(B, T, self.G, self.E), parts.pop(0).view(B, T, self.G, self.F)
-        if cache is not None and T == 1:  # decoding: everything in place, blocks that share KV read it from the cache
-            if self.fast(q):
-                q = kernels.rope_append(q, k, v, *rope, cache.pos, *cache.kv, self.window or 0, self.n_meta)
-                return kernels.decode_attention(q, *cache.kv, cache.pos).flatten(2), None
-            if self.owns_kv:
-                cache.write(self.window, apply_rope(k, rope), v)
-            return decode_attention(apply_rope(q, rope), *cache.kv, cache.pos).flatten(2), None
-        q = apply_rope(q, rope)
-        if self.owns_kv:
-            k = apply_rope(k, rope)
-            kv = (k, v) if cache is None else cache.extend(self.window, k, v)
+            k = apply_rope(parts.pop(0).view(B, T, self.G, self.E), rope)
+            kv = k, parts.pop(0).view(B, T, self.G, self.F)
+            if cache is not None:
+                kv = cache.write(self.window, *kv) if T == 1 else cache.extend(self.window, *kv)
+        if cache is not None and T == 1:
+            return decode_attention(q, *kv, cache.pos).flatten(2), kv
         llama = self.window is None and self.F == self.E and kv[0].shape[1] == T  # PyTorch's own is as fast here
         attention = kernels.windowed_attention if self.fast(q) and not llama else windowed_attention
         return attention(q, *kv, self.window, self.n_meta).flatten(2), kv
@@ -375,12 +369,6 @@ class HybridHeads(nn.Module):
         """SSM heads (Mamba, Fig. 3 and Algorithm 2): x and gate z (B, T, D) -> (B, T, D)."""
         tail, state = (None, None) if cache is None else cache.ssm
         conv, scan = causal_conv, selective_scan
-        if self.fast(x) and cache is not None and x.shape[1] == 1:  # decoding: tail and state move on in place
-            x = kernels.conv_step(x, self.conv_weight, self.conv_bias, tail)
-            dt, B, C = self.x_proj(x).split(self.x_sizes, dim=-1)
-            scales = [getattr(norm, "weight", None) for norm in (self.B_norm, self.C_norm)]
-            dt = self.dt_proj(self.dt_norm(dt))
-            return kernels.scan_step(x, dt, self.A_log, B, C, self.D, z, self.dt_bias, state, *scales, self.eps)
         if self.fast(x):
             conv, scan = kernels.causal_conv, kernels.selective_scan
         x, next_tail = conv(x, self.conv_weight, self.conv_bias, tail)
@@ -393,13 +381,34 @@ class HybridHeads(nn.Module):
             state.copy_(next_state)
         return y
 
+    def step(self, proj, rope, cache):
+        """attend and scan for one new token a row, by kernels that update the cache in place; proj (B, 1, ...)."""
+        y, s = None, None
+        if self.has_attn:
+            window = self.window or 0
+            q = kernels.rope_append(proj, *rope, cache.pos, *cache.kv, self.H, self.owns_kv, window, self.n_meta)
+            y = kernels.decode_attention(q, *cache.kv, cache.pos).flatten(2)
+        if self.has_ssm:
+            tail, state = cache.ssm
+            x = kernels.conv_step(proj, self.conv_weight, self.conv_bias, tail)
+            dtBC = self.x_proj(x)
+            dt = self.dt_proj(self.dt_norm(dtBC[..., : self.x_sizes[0]]))
+            scales = [getattr(norm, "weight", None) for norm in (self.B_norm, self.C_norm)]
+            s = kernels.scan_step(x, dt, self.A_log, dtBC, self.D, proj, self.dt_bias, state, *scales, self.eps)
+        return y, s
+
     def forward(self, x, rope, kv, cache):
         """x (B, T, C) -> (B, T, C), and the keys and values that the blocks of its group read."""
-        parts = list(self.in_proj(x).split(self.sizes, dim=-1))  # q, [k, v,] x, z: as many as the block has
-        if self.has_attn:
-            y, kv = self.attend(parts, rope, kv, cache)  # (B, T, H F)
+        proj, s = self.in_proj(x), None
+        if cache is not None and x.shape[1] == 1 and self.fast(x):
+            y, s = self.step(proj, rope, cache)
+        else:
+            parts = list(proj.split(self.sizes, dim=-1))  # q, [k, v,] x, z: as many as the block has
+            if self.has_attn:
+                y, kv = self.attend(parts, rope, kv, cache)  # (B, T, H F)
+            if self.has_ssm:
+                s = self.scan(*parts, cache)  # (B, T, D)
         if self.has_ssm:
-            s = self.scan(*parts, cache)  # (B, T, D)
             y = s if not self.has_attn else FUSE[self.fusion](self.attn_norm(y), self.ssm_norm(s))
         return self.out_proj(y), kv
 
@@ -508,10 +517,11 @@ class BlockCache:
         M = self.n_meta
         return pos if window is None else torch.where(pos < M, pos, M + (pos - M) % window)
 
-    def write(self, window: int | None, k: Tensor, v: Tensor) -> None:
-        """Store one token of each row: k (B, 1, G, E), v (B, 1, G, F)."""
+    def write(self, window: int | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store one token of each row, k (B, 1, G, E), v (B, 1, G, F), and return the whole buffers."""
         for buffer, new in zip(self.kv, (k, v), strict=True):
             buffer[torch.arange(len(k), device=k.device), self.slot(window, self.pos)] = new[:, 0]
+        return self.kv
 
     @torch.compiler.disable  # the host decides what is where
     def extend(self, window: int | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -539,7 +549,7 @@ class BlockCache:
 # ----------------------------------------------------------------------------------------------------------------------
 # The model
 
-PIECE, PREFILL = 4096, 32768  # generate reads prompts in pieces of so many tokens, and so many at once of all rows
+PREFILL = 16384  # tokens, of all rows together, that generate reads in one call: bounds the memory of long prompts
 
 # Dense bf16 peak of a GPU by words of the name it reports, FLOP/s (vendors' data sheets, without sparsity)
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
@@ -709,10 +719,10 @@ class Hymba(nn.Module):
         last, lengths = [], []  # prefill: rows of equal length together, each group in its own rows of the cache
         for length, group in groupby([prompts[i] for i in rows], key=len):
             group = torch.tensor([list(prompt) for prompt in group], device=device)
-            for idx in group.split(max(1, PREFILL // min(length, PIECE))):  # what is held at a time is bounded
+            for idx in group.split(max(1, PREFILL // length)):
                 own = slice(len(lengths), len(lengths) + len(idx))
                 part = cache.map(lambda u, own=own: u[own])
-                for piece in idx.split(PIECE, dim=1):
+                for piece in idx.split(PREFILL, dim=1):
                     x = self.hidden(piece, part)[:, -1]
                 last.append(x)
                 lengths += [length] * len(idx)
