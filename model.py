@@ -268,6 +268,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == self.weight.dtype:  # PyTorch takes the statistics of bfloat16 in float32 itself, in one kernel
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
@@ -664,9 +666,9 @@ class Hymba(nn.Module):
         return cache
 
     def cast(self, dtype: torch.dtype) -> "Hymba":
-        """Matrices and embeddings in dtype, for inference; vectors, A_log and so the SSM state stay float32."""
+        """Weights in dtype, for inference, but for what convolution and scan multiply channel by channel: float32."""
         for name, p in self.named_parameters():
-            if p.dim() > 1 and not name.endswith("A_log"):
+            if not name.endswith(("conv_weight", "conv_bias", "dt_bias", "A_log", ".D")):
                 p.data = p.data.to(dtype)
         return self
 
