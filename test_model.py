@@ -315,13 +315,17 @@ def test_conv_kernel(T, K, with_tail, device, poisoned):
 
 
 def decode_inputs(case: int, dtype, device):
-    """Queries, caches and positions of one new token a row, in dtype: the first row's cache is nearly empty."""
+    """Queries, caches and positions of one new token a row, in dtype: one row's cache is nearly empty, one's is full.
+
+    Later keys count for more, so that a running softmax must shrink what it has.
+    """
     g = torch.Generator().manual_seed(case)
     (B, S, G, R), (E, F_) = [(2, 70, 2, 5), (1, 300, 1, 3), (3, 33, 3, 1)][case], [(16, 32), (64, 128), (48, 80)][case]
     r = lambda *shape: torch.randn(*shape, generator=g).to(device, dtype)  # noqa: E731
     pos = torch.randint(0, 2 * S, (B,), generator=g).to(device)
-    pos[0] = 3
-    return r(B, 1, G * R, E), r(B, S, G, E), r(B, S, G, F_), pos
+    pos[0], pos[-1] = 3, S + 1
+    q = r(B, 1, G * R, E).abs()
+    return q, r(B, S, G, E) + torch.arange(S).to(q)[:, None, None] / S, r(B, S, G, F_), pos
 
 
 @on_device
@@ -351,13 +355,13 @@ def test_decode_attention_kernel(case, parts, dtype, device, poisoned, monkeypat
 def test_rope_append_kernel(window, owns_kv, dtype, device, poisoned):
     q, keys, values, _ = decode_inputs(0, dtype, device)
     (B, _, H, E), (G, F_), M = q.shape, values.shape[2:], 3
-    pos = torch.tensor([2, 40], device=device)
+    pos = torch.tensor([2, 46], device=device)
     proj = torch.randn(B, 1, H * E + G * (E + F_) + 7, device=device).to(dtype)  # and what follows
     config = HymbaConfig(n_embd=H * E, n_head=H, n_kv_head=G)
     cos, sin = model_module.rope_angles(config, pos[:, None])
     rotate = lambda u: model_module.apply_rope(u.double(), (cos.double(), sin.double()))  # noqa: E731
     new_q, new_k, new_v, _ = proj.split([H * E, G * E, G * F_, 7], dim=-1)
-    slots = [2, 40] if not window else [2, M + (40 - M) % window]
+    slots = [2, 46] if not window else [2, 10]
     expected = keys.double(), values.double()
     for b, slot in enumerate(slots if owns_kv else []):
         expected[0][b, slot] = rotate(new_k.unflatten(2, (G, E)))[b, 0]
@@ -1360,14 +1364,14 @@ def test_jsonl_lines_come_as_soon_as_they_can():
     class Fixed:
         def generate(self, prompts, max_new_tokens, stop, first_row):
             a = ord("a")
-            for step in ([a, a, a, a], [a, None, a, a], [a, None, None, a], [None, None, None, a]):
+            for step in ([a, a, a, a], [a, None, a, a], [a, None, None, a], *[[None, None, None, a]] * 2):
                 printed.append(None)
                 yield step
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("builtins.print", lambda line, **_: printed.append(json.loads(line)["text"]))
         sample.write_jsonl(Fixed(), tokenizer, list("wxyz"), 8, 9)
-    assert printed == [None] * 4 + ["aaa", "a", "aa", "aaaa"]
+    assert printed == [None] * 4 + ["aaa", "a", "aa", None, "aaaaa"]
 
 
 def test_bench_counts_a_step_s_bytes():
