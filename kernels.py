@@ -1,6 +1,7 @@
 """
 The operations of model.py as Triton kernels, with the same names and signatures: selective_scan, windowed_attention and
-causal_conv. Optional: model.py uses them on NVIDIA GPUs from Hopper on (see usable) and runs complete without.
+causal_conv; and for decoding, the same for one token a row, in place in the cache: rope_append, decode_attention,
+conv_step and scan_step. Optional: model.py uses them on NVIDIA GPUs from Hopper on (see usable), runs complete without.
 
 Each kernel opens with the formula that it computes, its tiling and its floor. All of them are PyTorch operators with
 fake tensors and gradients of their own, so that torch.compile takes a model with fullgraph=True. None adds floats
