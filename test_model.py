@@ -322,6 +322,7 @@ def decode_inputs(case: int, dtype, device):
     g = torch.Generator().manual_seed(case)
     (B, S, G, R), (E, F_) = [(2, 70, 2, 5), (1, 300, 1, 3), (3, 33, 3, 1)][case], [(16, 32), (64, 128), (48, 80)][case]
     r = lambda *shape: torch.randn(*shape, generator=g).to(device, dtype)  # noqa: E731
+    S = S if device == "cpu" else 40 * S
     pos = torch.randint(0, 2 * S, (B,), generator=g).to(device)
     pos[0], pos[-1] = 3, S + 1
     q = r(B, 1, G * R, E).abs()
@@ -920,9 +921,9 @@ def test_captured_steps_equal_the_reference(pattern):
     sizes = dict(n_embd=256, n_head=4, n_kv_head=2, n_hidden=512, n_meta=16, window=64, vocab_size=512)
     fast, slow = (small(pattern, **sizes, kernels=on).cuda() for on in (True, False))
     prompts = [tokens(n, vocab=512, seed=n).tolist() for n in (3, 200, 77, 30)]
-    for options in (dict(temperature=0), dict(temperature=0, stop=5), dict(seed=5, top_p=0.9)):
-        expected = list(slow.generate(prompts, 200, **options))
-        assert list(fast.generate(prompts, 200, **options)) == expected
+    for n, options in ((200, dict(temperature=0)), (200, dict(temperature=0, stop=5)), (60, dict(seed=5, top_p=0.9))):
+        expected = list(slow.generate(prompts, n, **options))
+        assert list(fast.generate(prompts, n, **options)) == expected
         endless = fast.generate(prompts, None, **options)
         assert [next(endless) for _ in expected] == expected
     one = [[t for (t,) in fast.generate([p], 200, temperature=0)] for p in prompts]
