@@ -1,5 +1,5 @@
 """
-Speed and memory, ours beside the peers that are installed: python bench.py scan|attention|train [--json=FILE]
+Speed and memory, ours beside the peers that are installed: python bench.py WHAT [--json=FILE]
 
     scan        the selective scan, forward and backward. On a GPU: ours, mamba-ssm, and the floor. On a CPU: ours and
                 mambapy, each in a process of its own for its peak memory; --loop adds the loop over tokens that small
@@ -9,11 +9,18 @@ Speed and memory, ours beside the peers that are installed: python bench.py scan
                 causal attention beside PyTorch's own (SDPA)
     train       training steps of config/*_125m.py (bfloat16, torch.compile, fused AdamW, vocabulary 50,304): Hymba, the
                 same with mamba-ssm's scan and FlexAttention in place of our kernels, Llama and the other baselines
-    plot FILE...  pictures of the results that --json wrote: bench_scan.png, bench_attention.png, bench_train.png
+    decode      inference in bfloat16 with random weights after 8,192 tokens of context: Hymba-1.5B and Llama-3.2-3B
+                (here and in transformers), at each of --batches, halved until it fits. Prefill, at batches 1 and 16,
+                reads prompts of that length; a decode step starts from a cache with random contents
+    roadmap     the paper's Table 1 as flags of one model (Hymba-350M's sizes): cache and decode speed beside the
+                paper's, as ratios to attention heads only
+    sweep       decode speed against cache bytes of patterns T, t, M and Hymba's, from 1k to 128k tokens
+    plot FILE...  pictures of the results that --json wrote: bench_scan.png, and so on
 
 Floors are what the hardware cannot beat: for the scan one exponential for each token, channel and state on the special
 function units, and reading and writing each input and output once at copy bandwidth, whichever is slower; for
-attention 2 (E + F) operations for each pair that the mask lets through (5/2 of that backward), at 990 TFLOP/s.
+attention 2 (E + F) operations for each pair that the mask lets through (5/2 of that backward), at 990 TFLOP/s; for a
+decode step reading all weights and what each block sees of the caches once, at the copy bandwidth of the same run.
 """
 
 import argparse
@@ -35,6 +42,18 @@ SCAN_CPU = (8, 512, 512, 16)  # B, T, D, N
 SCAN_GPU = [(8, 2176, 3200, 16), (32, 2176, 1024, 16), (2, 8320, 3200, 16), (1, 65536, 3200, 16)]
 ATTENTION = [(8, 2176, 25, 5), (2, 8320, 25, 5), (32, 2176, 8, 4)]  # B, T, H, G with E = 64, F = 128
 COPY, PEAK = 3.0e12, 990e12  # B/s and bf16 FLOP/s of an H100
+LLAMA_3B = dict(pattern="T" * 28, n_embd=3072, n_head=24, n_kv_head=8, n_hidden=8192, n_meta=0, vocab_size=128256)
+SIZE_350M = dict(n_layer=32, n_embd=768, n_head=12, n_kv_head=4, n_hidden=2432, n_meta=0)
+ROADMAP = {  # the paper's row: what it is, its flags, and the paper's tokens/s and cache in MB (A100, 8k, batch 128)
+    1: ("Mamba heads only", dict(pattern="M" * 32), 4720.8, 1.87),
+    5: ("hybrid heads, GQA", dict(pattern="H" * 32), 876.7, 148.24),
+    6: ("attention heads only", dict(pattern="T" * 32, n_kv_head=12), 721.1, 414.72),
+    7: ("5 + sliding window", dict(pattern="h" * 32, kv_share=False), 4485.1, 5.51),
+    8: ("7 + 3 full", dict(kv_share=False), 2399.7, 41.19),
+    9: ("8 + shared KV", {}, 2756.5, 39.42),
+    12: ("1 + meta tokens", dict(pattern="M" * 32, n_meta=128), 4712.8, 1.87),
+    13: ("9 + meta tokens", dict(n_meta=128), 2695.8, 40.01),
+}
 
 
 def timed(f, repeats: int) -> tuple[float, float]:
@@ -281,6 +300,202 @@ def train_gpu(configs: list[str], shapes: list[str]) -> list[dict]:
     return rows
 
 
+def step_bytes(model: reference.Hymba, cache: reference.Cache) -> int:
+    """Bytes that a one-token step must read: each weight once, and of each block's caches what its token sees."""
+    total = sum(p.nbytes for p in model.parameters())
+    for block in (cache.block(i) for i in range(model.config.n_layer)):
+        if block.kv:
+            slots = (block.pos + 1).clamp(max=block.kv[0].shape[1]).sum().item()
+            total += slots * sum(u[0, 0].nbytes for u in block.kv)
+        total += sum(u.nbytes for u in block.ssm or ())
+    return total
+
+
+def seconds(f, repeats: int, device: torch.device) -> float:
+    """Median of three means over `repeats` calls, one after the other as generation makes them."""
+    sync, times = torch.cuda.synchronize if device.type == "cuda" else (lambda: None), []
+    for _ in range(3):
+        sync()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            f()
+        sync()
+        times.append((time.perf_counter() - start) / repeats)
+    return statistics.median(times)
+
+
+def decode_worker(spec: dict, device: torch.device) -> list[dict]:
+    """Decode, and prefill where the specification says so, of one model at one batch: one row for each context."""
+    torch.manual_seed(0)
+    B, copy = spec["batch"], None
+    if device.type == "cuda":
+        a, b = torch.empty(2, 2**29, dtype=torch.uint8, device=device)
+        b.copy_(a)
+        copy = 2 * a.nbytes / seconds(lambda: b.copy_(a), 20, device)
+        del a, b
+        torch.cuda.empty_cache()
+    config = dict(block_size=8192, vocab_size=32001) | spec["config"]
+    if spec.get("peer"):
+        return [transformers_worker(config, B, spec["contexts"][0], spec["prefill"], device)]
+    with device:
+        model = reference.Hymba(reference.HymbaConfig(**config)).cast(torch.bfloat16).eval()
+    if spec.get("compile"):
+        model.compile_steps()
+    rows = []
+    for context in spec["contexts"]:
+        model.new_cache(1, 1)  # runs the meta tokens, once
+        before = torch.cuda.memory_allocated() if copy else 0
+        cache = model.new_cache(B, context + 256)
+        held = torch.cuda.memory_allocated() - before if copy else cache.nbytes
+        for u in (u for pair in [*cache.kv.values(), *cache.ssm.values()] for u in pair):
+            u.normal_()
+        cache.pos += context
+        cache.longest += context
+        greedy = lambda x, cache, row: F.linear(x, model.embed.weight).float().argmax(-1)  # noqa: B023, E731
+        decoder = reference.Decoder(model, cache, cache.pos.clone().zero_(), cache.pos.clone(), greedy)
+        start = time.perf_counter()
+        for _ in range(3):
+            decoder.step()
+        first = time.perf_counter() - start
+        n, read = step_bytes(model, cache), seconds(decoder.step, spec.get("steps", 40), device)
+        row = dict(context=context, batch=B, ms_per_step=read * 1e3, tokens_per_s=B / read, read_gb=n / 1e9)
+        row |= dict(roofline=n / read / copy, copy_TBps=copy / 1e12) if copy else {}
+        row |= dict(cache_mb=held / B / 1e6, formula_mb=model.cache_bytes(context + 256) / 1e6)
+        row |= dict(params=model.num_params(), first_steps_s=first)
+        if spec.get("profile"):
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                for _ in range(4):
+                    decoder.step()
+                torch.cuda.synchronize()
+            print(
+                profile.key_averages().table(
+                    sort_by="self_device_time_total", row_limit=35, max_name_column_width=90
+                ), file=sys.stderr,
+            )  # fmt: skip
+        del cache, decoder
+        if spec["prefill"]:
+            row |= prefill(model, min(B, 16), context)
+        rows.append(row)
+    return rows
+
+
+def prefill(model: reference.Hymba, B: int, T: int) -> dict:
+    """Speed of reading B prompts of T tokens, and for one also the times to the first and between later tokens."""
+    prompts = torch.randint(0, model.config.vocab_size, (B, T)).tolist()
+    for _ in range(2):  # the second time counts
+        arrivals = [time.perf_counter()]
+        for _ in model.generate(prompts, 30 if B == 1 else 1, temperature=0):
+            arrivals.append(time.perf_counter())
+    took = arrivals[1] - arrivals[0]
+    flops = T * (model.flops_per_token(T) / 3 - 2 * model.embed.weight.numel())  # the output layer reads one token
+    row = dict(prefill_batch=B, prefill_tokens_per_s=B * T / took, prefill_mfu=B * flops / took / PEAK)
+    if B == 1:
+        gaps = [b - a for a, b in zip(arrivals[5:], arrivals[6:], strict=False)]
+        row |= dict(first_token_ms=took * 1e3, next_token_ms=statistics.median(gaps) * 1e3)
+    return row
+
+
+def transformers_worker(config: dict, B: int, context: int, with_prefill: bool, device: torch.device) -> dict:
+    """The same measurements of transformers' Llama with SDPA and a static cache."""
+    from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+
+    c = reference.HymbaConfig(**config)
+    config = LlamaConfig(
+        hidden_size=c.n_embd, intermediate_size=c.n_hidden, num_hidden_layers=c.n_layer, vocab_size=c.vocab_size,
+        num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, max_position_embeddings=2 * context,
+        tie_word_embeddings=True, attn_implementation="sdpa",
+    )  # fmt: skip
+    with device:
+        model = LlamaForCausalLM(config).bfloat16().eval()
+    before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+    cache, token = StaticCache(config, max_cache_len=context + 256), torch.zeros(B, 1, dtype=torch.long, device=device)
+    pos = torch.tensor([context], device=device)
+
+    @torch.no_grad()
+    def step():
+        logits = model(token, past_key_values=cache, cache_position=pos, position_ids=pos[None]).logits
+        return logits[:, -1].argmax(-1)
+
+    step()
+    held = torch.cuda.memory_allocated() - before if device.type == "cuda" else 0
+    for layer in cache.layers:
+        layer.keys.normal_(), layer.values.normal_()
+        if isinstance(getattr(layer, "cumulative_length", None), torch.Tensor):
+            layer.cumulative_length.fill_(context)
+    took = seconds(step, 5, device)
+    row = dict(context=context, batch=B, ms_per_step=took * 1e3, tokens_per_s=B / took, cache_mb=held / B / 1e6)
+    if with_prefill:
+        idx = torch.randint(0, c.vocab_size, (min(B, 16), context), device=device)
+
+        def read():
+            for part in idx.split(4):  # all at once would need more memory than the cache
+                cache = StaticCache(config, max_cache_len=context + 256)
+                with torch.no_grad():
+                    model(part, past_key_values=cache, logits_to_keep=1)
+
+        read()
+        row |= dict(prefill_batch=len(idx), prefill_tokens_per_s=idx.numel() / seconds(read, 1, device))
+    return row
+
+
+def run_worker(name: str, spec: dict) -> list[dict]:
+    """decode_worker in a process of its own, so that memory is clean; the batch is halved until it fits."""
+    while spec["batch"]:
+        worker = [sys.executable, __file__, "decode", f"--worker={json.dumps(spec)}"]
+        done = subprocess.run(worker, capture_output=True, text=True)
+        if spec.get("profile"):
+            print(f"--- {name}, batch {spec['batch']}\n{done.stderr}", file=sys.stderr)
+        if not done.returncode:
+            return [dict(name=name) | row for row in json.loads(done.stdout.splitlines()[-1])]
+        if "OutOfMemory" not in done.stderr:
+            print(f"{name}: failed: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+            return []
+        spec = spec | {"batch": spec["batch"] // 2}
+    return []
+
+
+def decode_gpu(batches: list[int], names: list[str], options: dict) -> list[dict]:
+    import train
+
+    _, hymba = train.parse([str(Path(__file__).parent / "config/hymba_1.5b.py")])
+    specs = {"Hymba-1.5B": dict(config=hymba | {"block_size": 8192})} | {"Llama-3.2-3B": dict(config=LLAMA_3B)}
+    if importlib.util.find_spec("transformers"):
+        specs["Llama-3.2-3B, transformers"] = dict(config=LLAMA_3B, peer=True)
+    rows = []
+    for name, spec in specs.items():
+        if names and name not in names:
+            continue
+        for batch in batches:
+            spec |= dict(batch=batch, contexts=[8192], prefill=batch in (1, 16)) | options
+            rows += run_worker(name, spec)
+            table(rows[-1:])
+    return rows
+
+
+def roadmap_gpu(batch: int, options: dict) -> list[dict]:
+    rows = []
+    for number, (name, flags, speed, cache) in ROADMAP.items():
+        spec = dict(config=SIZE_350M | flags, batch=batch, contexts=[8192], prefill=False) | options
+        rows += [row | dict(row=number, paper_speed=speed, paper_cache=cache) for row in run_worker(name, spec)]
+    base = next((r for r in rows if r["row"] == 6), None)
+    for r in rows if base else []:
+        r["speed_ratio"], r["paper_speed_ratio"] = r["tokens_per_s"] / base["tokens_per_s"], r["paper_speed"] / 721.1
+        r["cache_ratio"], r["paper_cache_ratio"] = r["cache_mb"] / base["cache_mb"], r["paper_cache"] / 414.72
+    return rows
+
+
+def sweep_gpu(batch: int, options: dict) -> list[dict]:
+    batch = min(batch, 8)  # so that full attention fits at 128k tokens, too
+    contexts = [2**k for k in range(10, 18)]
+    patterns = {"T": "T" * 32, "t": "t" * 32, "M": "M" * 32, "Hymba": ""}
+    rows = []
+    for name, pattern in patterns.items():
+        meta = dict(n_meta=0 if name in "TM" else 128)
+        spec = dict(config=SIZE_350M | dict(pattern=pattern, block_size=2**17) | meta, batch=batch, contexts=contexts)
+        rows += run_worker(name, spec | dict(prefill=False) | options)
+    return rows
+
+
 def scan_cpu_worker(which: str, repeats: int) -> dict:
     """Time `repeats` forward and backward passes in float32; peak memory is what this process grew by, in MB."""
     import resource
@@ -346,6 +561,18 @@ def plot(files: list[str]) -> None:
         raise ValueError("plot needs matplotlib: pip install matplotlib") from None
     for file in files:
         result = json.loads(Path(file).read_text())
+        if result["what"] == "sweep":
+            fig, ax = plt.subplots(figsize=(7, 4.5))
+            for name in dict.fromkeys(r["name"] for r in result["rows"]):
+                points = [(r["cache_mb"], r["tokens_per_s"]) for r in result["rows"] if r["name"] == name]
+                ax.plot(*zip(*points, strict=True), "o-", label=name)
+            ax.set(xscale="log", yscale="log", xlabel="cache of one sequence, MB", ylabel="decode, tokens/s")
+            ax.legend()
+            ax.set_title(f"1k to 128k tokens of context, batch {result['rows'][0]['batch']}, {result['device']}")
+            fig.tight_layout()
+            fig.savefig("bench_sweep.png", dpi=120)
+            print("wrote bench_sweep.png")
+            continue
         what, rows = result["what"], result["rows"]
         if not rows:
             raise ValueError(f"{file} has no results to plot")
@@ -385,12 +612,16 @@ def eval_shape(shape: str) -> int:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("bench.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=["scan", "attention", "train", "plot"])
+    parser.add_argument("what", choices=["scan", "attention", "train", "decode", "roadmap", "sweep", "plot"])
     parser.add_argument("files", nargs="*", help="plot: what --json wrote")
     parser.add_argument("--repeats", type=int, help="timed runs [CPU: 7, GPU: 30]")
     parser.add_argument("--loop", action="store_true", help="scan on a CPU: time the loop, too (minutes)")
     parser.add_argument("--configs", default="hymba_125m,hymba_125m:peers,llama_125m", help="train: which models")
     parser.add_argument("--shapes", default="16x2048,4x8192", help="train: batch x tokens")
+    parser.add_argument("--batches", default="1,16,128", help="decode: which; roadmap: the last; sweep: 8 [1,16,128]")
+    parser.add_argument("--models", default="", help="decode: which models, separated by semicolons [all]")
+    parser.add_argument("--no_compile", action="store_true", help="decode: without torch.compile")
+    parser.add_argument("--profile", action="store_true", help="decode: where a step's time goes, to stderr")
     parser.add_argument("--json", metavar="FILE", help="write the results there, too")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -400,6 +631,9 @@ def main(argv: list[str]) -> None:
         return
     if args.worker and args.what == "scan":
         print(json.dumps(scan_cpu_worker(args.worker, args.repeats)))
+        return
+    if args.worker and args.what == "decode":
+        print(json.dumps(decode_worker(json.loads(args.worker), torch.device("cuda" if gpu else "cpu"))))
         return
     if args.worker:
         config, _, peers = args.worker.partition(":")
@@ -415,8 +649,15 @@ def main(argv: list[str]) -> None:
         rows = scan_gpu(args.repeats or 30) if gpu else scan_cpu(args.repeats or 7, args.loop)
     elif args.what == "attention":
         rows = attention_gpu(args.repeats or 30)
-    else:
+    elif args.what == "train":
         rows = train_gpu(args.configs.split(","), args.shapes.split(","))
+    else:
+        batches = [int(n) for n in args.batches.split(",")]
+        options = dict(compile=not args.no_compile, profile=args.profile)
+        if args.what == "decode":
+            rows = decode_gpu(batches, [n for n in args.models.split(";") if n], options)
+        else:
+            rows = {"roadmap": roadmap_gpu, "sweep": sweep_gpu}[args.what](batches[-1], options)
     table([{k: v for k, v in row.items() if k != "kernels"} for row in rows])
     if args.json:
         result = {"what": args.what, "device": device, "torch": torch.__version__, "rows": rows}

@@ -23,7 +23,7 @@ import copy
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import groupby
 from pathlib import Path
@@ -351,6 +351,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == self.weight.dtype:  # PyTorch takes the statistics of bfloat16 in float32 itself, in one kernel
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
@@ -409,7 +411,7 @@ class HybridHeads(nn.Module):
         super().__init__()
         letter, C, D = config.pattern[layer], config.n_embd, config.d_inner
         self.layer, self.n_meta = layer, config.n_meta
-        self.fusion = config.fusion
+        self.fusion, self.eps = config.fusion, config.norm_eps
         self.has_attn, self.has_ssm = letter != "M", letter in "MHh"
         self.window = config.window if letter in "th" else None
         self.owns_kv = config.kv_owner[layer] == layer
@@ -454,17 +456,18 @@ class HybridHeads(nn.Module):
         q = apply_rope(parts.pop(0).view(B, T, self.H, self.E), rope)
         if self.owns_kv:
             k = apply_rope(parts.pop(0).view(B, T, self.G, self.E), rope)
-            v = parts.pop(0).view(B, T, self.G, self.F)
-            kv = (k, v) if cache is None else cache.append(self.layer, self.window, k, v)
+            kv = k, parts.pop(0).view(B, T, self.G, self.F)
+            if cache is not None:
+                kv = cache.write(self.window, *kv) if T == 1 else cache.extend(self.window, *kv)
         if cache is not None and T == 1:
             return decode_attention(q, *kv, cache.pos).flatten(2), kv
-        llama = self.window is None and self.F == self.E  # PyTorch's own causal attention is as fast here
+        llama = self.window is None and self.F == self.E and kv[0].shape[1] == T  # PyTorch's own is as fast here
         attention = kernels.windowed_attention if self.fast(q) and not llama else windowed_attention
         return attention(q, *kv, self.window, self.n_meta).flatten(2), kv
 
     def scan(self, x, z, cache):
         """SSM heads (Mamba, Fig. 3 and Algorithm 2): x and gate z (B, T, D) -> (B, T, D)."""
-        tail, state = (None, None) if cache is None else cache.ssm[self.layer]
+        tail, state = (None, None) if cache is None else cache.ssm
         conv, scan = causal_conv, selective_scan
         if self.fast(x):
             conv, scan = kernels.causal_conv, kernels.selective_scan
@@ -478,13 +481,34 @@ class HybridHeads(nn.Module):
             state.copy_(next_state)
         return y
 
+    def step(self, proj, rope, cache):
+        """attend and scan for one new token a row, by kernels that update the cache in place; proj (B, 1, ...)."""
+        y, s = None, None
+        if self.has_attn:
+            window = self.window or 0
+            q = kernels.rope_append(proj, *rope, cache.pos, *cache.kv, self.H, self.owns_kv, window, self.n_meta)
+            y = kernels.decode_attention(q, *cache.kv, cache.pos).flatten(2)
+        if self.has_ssm:
+            tail, state = cache.ssm
+            x = kernels.conv_step(proj, self.conv_weight, self.conv_bias, tail)
+            dtBC = self.x_proj(x)
+            dt = self.dt_proj(self.dt_norm(dtBC[..., : self.x_sizes[0]]))
+            scales = [getattr(norm, "weight", None) for norm in (self.B_norm, self.C_norm)]
+            s = kernels.scan_step(x, dt, self.A_log, dtBC, self.D, proj, self.dt_bias, state, *scales, self.eps)
+        return y, s
+
     def forward(self, x, rope, kv, cache):
         """x (B, T, C) -> (B, T, C), and the keys and values that the blocks of its group read."""
-        parts = list(self.in_proj(x).split(self.sizes, dim=-1))  # q, [k, v,] x, z: as many as the block has
-        if self.has_attn:
-            y, kv = self.attend(parts, rope, kv, cache)  # (B, T, H F)
+        proj, s = self.in_proj(x), None
+        if cache is not None and x.shape[1] == 1 and self.fast(x):
+            y, s = self.step(proj, rope, cache)
+        else:
+            parts = list(proj.split(self.sizes, dim=-1))  # q, [k, v,] x, z: as many as the block has
+            if self.has_attn:
+                y, kv = self.attend(parts, rope, kv, cache)  # (B, T, H F)
+            if self.has_ssm:
+                s = self.scan(*parts, cache)  # (B, T, D)
         if self.has_ssm:
-            s = self.scan(*parts, cache)  # (B, T, D)
             y = s if not self.has_attn else FUSE[self.fusion](self.attn_norm(y), self.ssm_norm(s))
         return self.out_proj(y), kv
 
@@ -539,12 +563,12 @@ class Cache:
 
     def __init__(self, config: HymbaConfig, batch_size: int, n_tokens: int, dtype: torch.dtype, device: torch.device):
         c, new = config, lambda *shape, dtype=dtype: torch.zeros(batch_size, *shape, dtype=dtype, device=device)
-        self.n_meta, self.pattern, self.capacity = c.n_meta, c.pattern, n_tokens
+        self.n_meta, self.pattern, self.kv_owner, self.capacity = c.n_meta, c.pattern, c.kv_owner, n_tokens
         self.pos = torch.zeros(batch_size, dtype=torch.long, device=device)  # tokens each row has seen, meta included
         self.longest, self.ragged = 0, False  # the largest of pos and whether they differ, known without a device sync
         self.kv, self.ssm = {}, {}  # by block
         for i, letter in enumerate(c.pattern):
-            if c.kv_owner[i] == i:
+            if self.kv_owner[i] == i:
                 slots = c.n_meta + (c.window if letter in "th" else n_tokens)
                 value_size = c.d_inner // c.n_head if letter in "Hh" else c.head_size
                 self.kv[i] = new(slots, c.n_kv_head, c.head_size), new(slots, c.n_kv_head, value_size)
@@ -571,34 +595,54 @@ class Cache:
                 if self.pattern[i] in "TH":
                     self.kv[i] = tuple(F.pad(u, (0, 0, 0, 0, 0, more)) for u in self.kv[i])  # along the slots
 
-    def append(self, layer: int, window: int | None, k: Tensor, v: Tensor):
-        """Store k, v (B, T, G, E or F) and return what this call's queries see: (B, S, G, E), (B, S, G, F).
+    def block(self, i: int) -> "BlockCache":
+        """What block i needs of the cache."""
+        kv = self.kv.get(self.kv_owner[i])
+        return BlockCache(kv, self.ssm.get(i), self.pos, self.longest, self.ragged, self.n_meta)
 
-        For T = 1 that is the buffer itself, its slots in no particular order (see decode_attention). For more, keys
-        come in order of position with the new ones last, as windowed_attention takes them: what lies between the
+
+@dataclass
+class BlockCache:
+    """One block's part of a Cache: the same tensors, None where it has none."""
+
+    kv: tuple[Tensor, Tensor] | None  # keys (B, slots, G, E) and values (B, slots, G, F), its own or its producer's
+    ssm: tuple[Tensor, Tensor] | None  # conv tail (B, K - 1, D) and state (B, D, N)
+    pos: Tensor
+    longest: int
+    ragged: bool
+    n_meta: int
+
+    def slot(self, window: int | None, pos: Tensor) -> Tensor:
+        """Where the token at position pos is kept."""
+        M = self.n_meta
+        return pos if window is None else torch.where(pos < M, pos, M + (pos - M) % window)
+
+    def write(self, window: int | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store one token of each row, k (B, 1, G, E), v (B, 1, G, F), and return the whole buffers."""
+        for buffer, new in zip(self.kv, (k, v), strict=True):
+            buffer[torch.arange(len(k), device=k.device), self.slot(window, self.pos)] = new[:, 0]
+        return self.kv
+
+    @torch.compiler.disable  # the host decides what is where
+    def extend(self, window: int | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, T, G, E or F) and return what their queries see: (B, S, G, E), (B, S, G, F).
+
+        Keys come in order of position with the new ones last, as windowed_attention takes them: what lies between the
         meta tokens and the window is gone, but that changes no distance inside the window.
         """
-        T, M, p, pair = k.shape[1], self.n_meta, self.longest, self.kv[layer]
-
-        def slot(pos: Tensor) -> Tensor:
-            return pos if window is None else torch.where(pos < M, pos, M + (pos - M) % window)
-
-        if T == 1:
-            for buffer, new in zip(pair, (k, v), strict=True):
-                buffer[torch.arange(len(k), device=k.device), slot(self.pos)] = new[:, 0]
-            return tuple(buffer[:, : p + 1] for buffer in pair)
+        T, M, p = k.shape[1], self.n_meta, self.longest
         if self.ragged:
             raise ValueError("the rows of this cache differ in length: feed them one token a call, or apart")
         if window is None:
-            for buffer, new in zip(pair, (k, v), strict=True):
+            for buffer, new in zip(self.kv, (k, v), strict=True):
                 buffer[:, p : p + T] = new
-            return tuple(buffer[:, : p + T] for buffer in pair)
+            return tuple(buffer[:, : p + T] for buffer in self.kv)
         old = torch.cat([torch.arange(min(p, M)), torch.arange(max(p - window + 1, M), max(p, M))])
         n = T if p < M else min(T, window)  # what the ring keeps of this call
         last, seen = torch.arange(p + T - n, p + T), []
-        for buffer, new in zip(pair, (k, v), strict=True):
-            seen.append(torch.cat([buffer[:, slot(old).to(k.device)], new], dim=1))
-            buffer[:, slot(last).to(k.device)] = new[:, T - n :]
+        for buffer, new in zip(self.kv, (k, v), strict=True):
+            seen.append(torch.cat([buffer[:, self.slot(window, old).to(k.device)], new], dim=1))
+            buffer[:, self.slot(window, last).to(k.device)] = new[:, T - n :]
         return tuple(seen)
 
 
@@ -749,6 +793,8 @@ def pretrained_folder(name: str | Path, weights: bool = True) -> Path:
 # ----------------------------------------------------------------------------------------------------------------------
 # The model
 
+PREFILL = 16384  # tokens, of all rows together, that generate reads in one call: bounds the memory of long prompts
+
 # Dense bf16 peak of a GPU by words of the name it reports, FLOP/s (vendors' data sheets, without sparsity)
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
               "L4": 121e12, "A10": 125e12, "4090": 165e12, "3090": 71e12}  # fmt: skip
@@ -769,6 +815,7 @@ class Hymba(nn.Module):
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
         self.lm_head = None if config.tied else nn.Parameter(torch.empty(config.vocab_size, config.n_embd))
         self._meta_cache = self._source = None
+        self.step_block = Block.forward  # of one-token steps; see compile_steps
         self.init_weights()
 
     @torch.no_grad()
@@ -816,8 +863,9 @@ class Hymba(nn.Module):
             cache.reserve(x.shape[1])
             pos = pos + cache.pos[:, None]  # (B, T)
         rope, kv = rope_angles(self.config, pos), None
-        for block in self.blocks:
-            x, kv = block(x, rope, kv, cache)
+        forward = self.step_block if cache is not None and x.shape[1] == 1 else Block.forward
+        for i, block in enumerate(self.blocks):
+            x, kv = forward(block, x, rope, kv, cache and cache.block(i))
         if cache is not None:
             cache.pos += x.shape[1]
             cache.longest += x.shape[1]
@@ -863,6 +911,22 @@ class Hymba(nn.Module):
         cache.reserve(n_tokens)
         return cache
 
+    def cast(self, dtype: torch.dtype) -> "Hymba":
+        """Weights in dtype, for inference, but for those named in FLOAT32."""
+        for name, p in self.named_parameters():
+            if not name.endswith(FLOAT32):
+                p.data = p.data.to(dtype)
+        return self
+
+    def compile_steps(self) -> "Hymba":
+        """Let torch.compile fuse the small operations of one-token steps, in batches of one matrix products, too.
+
+        Costs half a minute at the first steps, which some 20,000 steps win back; blocks of one kind are compiled once.
+        """
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        self.step_block = torch.compile(Block.forward, options={"coordinate_descent_tuning": True})
+        return self
+
     @torch.no_grad()
     def generate(
         self,
@@ -871,16 +935,17 @@ class Hymba(nn.Module):
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
-        stop: int | None = None,
+        stop: int | Collection[int] | None = None,
         seed: int = 0,
+        first_row: int = 0,
         cache: Cache | None = None,
     ) -> Iterator[list[int | None]]:
         """Continue every prompt (token ids; lengths may differ), yielding one token for each at every step.
 
-        Each item is a list with the next token of every prompt, None for those that have ended with the token
+        Each item is a list with the next token of every prompt, None for those that have ended with a token in
         `stop` (which is not yielded). Ends when all have, or after max_new_tokens. Temperature 0 is greedy; top_k
         keeps the k likeliest tokens, top_p the likeliest that together reach probability p. Row i draws from its own
-        stream of random numbers, (seed, i): what else is in the batch does not change it.
+        stream of random numbers, (seed, first_row + i): what else is in the batch does not change it.
 
         With a cache of one row (from new_cache), the one prompt continues it. However the iteration ends, the cache
         has then seen the prompt and all tokens that were yielded but the last.
@@ -894,42 +959,54 @@ class Hymba(nn.Module):
         if cache is not None and not len(prompts) == len(cache.pos) == 1:
             raise ValueError(f"{len(prompts)} prompts, {len(cache.pos)} cache rows: only one prompt continues one row")
         device = self.embed.weight.device
-        rows = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # prompts still going, in order of length
-        longest = len(prompts[rows[-1]])
-        room = longest + (256 if max_new_tokens is None else max_new_tokens)
-        cache = self.new_cache(len(rows), room) if cache is None else cache
-        cache.reserve(room)  # before it is taken apart by rows
-        rngs = {i: torch.Generator(device).manual_seed((seed * 1_000_003 + i) % 2**63) for i in rows}
+        rows = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # the prompt of each row of the batch
+        room, ahead = len(prompts[rows[-1]]) + (256 if max_new_tokens is None else max_new_tokens), cache is None
+        cache = cache or self.new_cache(len(rows), room)
+        cache.reserve(room)
 
-        x, done = [], 0  # prefill: rows of equal length together, each group writing into its own rows of the cache
-        for _, group in groupby([prompts[i] for i in rows], key=len):
-            idx = torch.tensor([list(prompt) for prompt in group], device=device)
-            own = slice(done, done + len(idx))
-            part = cache.map(lambda u, own=own: u[own])
-            for piece in idx.split(4096, dim=1):  # bounds the memory of long prompts
-                last = self.hidden(piece, part)[:, -1]
-            x.append(last)
-            done += len(idx)
-        cache.longest, cache.ragged = part.longest, len(x) > 1
-        x = torch.cat(x)  # (B, C)
+        last, lengths = [], []  # prefill: rows of equal length together, each group in its own rows of the cache
+        for length, group in groupby([prompts[i] for i in rows], key=len):
+            group = torch.tensor([list(prompt) for prompt in group], device=device)
+            for idx in group.split(max(1, PREFILL // length)):
+                own = slice(len(lengths), len(lengths) + len(idx))
+                part = cache.map(lambda u, own=own: u[own])
+                for piece in idx.split(PREFILL, dim=1):
+                    x = self.hidden(piece, part)[:, -1]
+                last.append(x)
+                lengths += [length] * len(idx)
+        cache.longest, cache.ragged = part.longest, lengths[0] < lengths[-1]
 
-        step = 0
-        while max_new_tokens is None or step < max_new_tokens:
+        def draw(x: Tensor, cache: Cache, row: Tensor) -> Tensor:  # (B, C) -> (B,)
             logits = F.linear(x, self.output).float()
-            tokens = sample_token(logits, temperature, top_k, top_p, [rngs[i] for i in rows])
+            return sample_token(logits, temperature, top_k, top_p, (seed, row, cache.pos))
+
+        row = torch.tensor(rows, device=device) + first_row
+        tokens = draw(torch.cat(last), cache, row)
+        decoder = Decoder(self, cache, tokens, row, draw)
+        ends = {stop} if isinstance(stop, int) else set(stop or ())
+        step, going, cuda = 0, set(rows), device.type == "cuda"
+        while max_new_tokens is None or step < max_new_tokens:
+            step += 1
+            drawn = decoder.tokens.to("cpu", non_blocking=cuda, copy=True)
+            arrived = cuda and torch.cuda.current_stream().record_event()
+            if ahead and step != max_new_tokens:  # the next step runs while the host reads this one's tokens
+                decoder.step()
+            if arrived:
+                arrived.synchronize()
             out: list[int | None] = [None] * len(prompts)
-            for i, token in zip(rows, tokens.tolist(), strict=True):
-                out[i] = None if token == stop else token
-            going = [j for j, i in enumerate(rows) if out[i] is not None]
+            for i, token in zip(rows, drawn.tolist(), strict=True):
+                if token in ends:
+                    going.discard(i)
+                out[i] = token if i in going else None
             if not going:
                 return
             yield out
-            if len(going) < len(rows):  # rows that have ended leave the batch
-                rows, keep = [rows[j] for j in going], torch.tensor(going, device=device)
-                tokens, cache = tokens[keep], cache.map(lambda u, keep=keep: u[keep])
-            step += 1
-            if step != max_new_tokens:
-                x = self.hidden(tokens[:, None], cache)[:, -1]
+            if not ahead and step != max_new_tokens:
+                decoder.step()
+            if 2 * len(going) <= len(rows):  # rows that have ended leave the batch: by halves, as each size is captured
+                keep = torch.tensor([j for j, i in enumerate(rows) if i in going], device=device)
+                rows = [i for i in rows if i in going]
+                decoder = decoder.take(keep)
 
     def num_params(self) -> int:
         """Parameters; an embedding that is the output layer, too, counts once."""
@@ -1079,16 +1156,81 @@ class Hymba(nn.Module):
         return model.requires_grad_()
 
 
+class Decoder:
+    """One-token steps of a batch: each feeds `tokens` (B,) to the model and puts what is drawn next in their place.
+
+    Nothing in a step needs the host: on a GPU, all of it is one CUDA graph. A graph is bound to the addresses it was
+    captured with, so the first step, and each after the cache has grown, runs operation by operation (which also
+    compiles what there is to compile); the second is captured, and replayed from then on.
+    """
+
+    def __init__(self, model: Hymba, cache: Cache, tokens: Tensor, row: Tensor, draw):
+        """row (B,): the number of each row's random stream; draw(hidden states (B, C), cache, row) -> tokens (B,)."""
+        self.model, self.cache, self.tokens, self.row, self.draw = model, cache, tokens, row, draw
+        self.capacity, self.graph = None, None
+
+    def run(self) -> None:
+        x = self.model.hidden(self.tokens[:, None], self.cache)[:, -1]
+        self.tokens.copy_(self.draw(x, self.cache, self.row))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.cache.reserve(1)
+        fits = self.capacity == self.cache.capacity and self.tokens.is_cuda
+        if not fits or torch.is_autocast_enabled("cuda"):  # (weights that autocast converts outlive no graph)
+            self.capacity, self.graph = self.cache.capacity, None
+            return self.run()
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.run()
+        else:
+            self.cache.longest += 1  # what else the host does in a step
+        self.graph.replay()
+
+    def take(self, keep: Tensor) -> "Decoder":
+        """The steps of some rows alone, in the same memory: keep (b,) says which, in ascending order."""
+        n = len(keep)
+        pick = lambda u: u[:n].copy_(u[keep])  # noqa: E731
+        return Decoder(self.model, self.cache.map(pick), pick(self.tokens), pick(self.row), self.draw)
+
+
 def sample_token(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generators: list[torch.Generator]
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, counter: tuple[int, Tensor, Tensor]
 ) -> Tensor:
-    """Draw one token a row from logits (B, V), row i with generators[i] -> (B,)."""
+    """Draw one token a row from logits (B, V) -> (B,), with the random numbers of counter (see exponential).
+
+    Exponentials race, and token v, with rate p_v, comes in first with probability p_v: the Gumbel-max trick.
+    """
     if temperature == 0:
         return logits.argmax(-1)
-    probs, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
-    if top_k is not None:
-        probs[:, top_k:] = 0
-    if top_p is not None:
-        probs[probs.cumsum(-1) - probs >= top_p * probs.sum(-1, keepdim=True)] = 0  # what precedes it reaches p already
-    picks = [torch.multinomial(row, 1, generator=g) for row, g in zip(probs, generators, strict=True)]
-    return order.gather(1, torch.stack(picks)).squeeze(1)
+    probs = (logits / temperature).softmax(-1)
+    if top_k is not None or top_p is not None:
+        ranked, order = probs.sort(-1, descending=True)
+        if top_k is not None:
+            ranked[:, top_k:] = 0
+        if top_p is not None:  # drop what is preceded by p already
+            ranked = ranked.masked_fill(ranked.cumsum(-1) - ranked >= top_p * ranked.sum(-1, keepdim=True), 0)
+        probs = probs.scatter(1, order, ranked)
+    return (probs / exponential(*counter, logits.shape[1])).argmax(-1)
+
+
+def exponential(seed: int, row: Tensor, pos: Tensor, n: int) -> Tensor:
+    """Exponentially distributed numbers (B, n), float32; number (b, j) follows from (seed, row[b], pos[b], j) alone.
+
+    A counter-based generator: SplitMix64 (Steele, Lea & Flood 2014), whose finaliser mixes the counter's bits, in
+    PyTorch's wrapping 64-bit integers. row and pos (B,) int64.
+    """
+    shift = lambda x, k: (x >> k) & ((1 << (64 - k)) - 1)  # of unsigned numbers  # noqa: E731
+
+    def mix(x):
+        x = (x ^ shift(x, 30)) * -0x40A7B892E31B1A47
+        x = (x ^ shift(x, 27)) * -0x6B2FB644ECCEEE15
+        return x ^ shift(x, 31)
+
+    gamma, key = -0x61C8864680B583EB, torch.full_like(row, (seed + 2**63) % 2**64 - 2**63)
+    for u in (row, pos):
+        key = mix(key + gamma) + u
+    bits = mix(mix(key + gamma)[:, None] + gamma * torch.arange(1, n + 1, device=row.device))
+    u = (shift(bits, 11).float() + 0.5) * 2.0**-53  # in (0, 1], finest near 0, where the race is decided
+    return -torch.log1p(-u)

@@ -4,6 +4,7 @@ Generate text from a checkpoint or released weights: python sample.py [--flag=va
     python sample.py                                  # the newest checkpoint under out/
     python sample.py --prompt="def " --n_samples=3 --temperature=0.8 --top_k=50 --top_p=0.95 --seed=1
     python sample.py --init_from=out/tiny/best --prompt="class " --max_new_tokens=1000
+    python sample.py --file=prompts.txt --batch_size=64 > texts.jsonl      # one prompt a line, one JSON line for each
     python sample.py --init_from=nvidia/Hymba-1.5B-Base --prompt="The capital of France"
     python sample.py --init_from=nvidia/Hymba-1.5B-Instruct --chat
 
@@ -73,6 +74,11 @@ class ReleasedTokenizer:
         return self.tokenizer.decode(tokens)
 
 
+def stops(tokenizer: tiktoken.Encoding | ReleasedTokenizer) -> set[int]:
+    """The tokens that end a text: released models may have several."""
+    return getattr(tokenizer, "stops", {tokenizer.eot_token})
+
+
 def decoder(tokenizer: tiktoken.Encoding | ReleasedTokenizer, before: list[int]) -> Callable[[int], str]:
     """A function that is given one token after the other, and returns what each adds to the text of those before.
 
@@ -106,9 +112,7 @@ def stream(
     print(prompt, end="", flush=True)
     tokens = tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token]
     add = decoder(tokenizer, tokens)
-    for (token,) in model.generate([tokens], max_new_tokens, stop=tokenizer.eot_token, **options):
-        if token in getattr(tokenizer, "stops", ()):  # released models may have several
-            break
+    for (token,) in model.generate([tokens], max_new_tokens, stop=stops(tokenizer), **options):
         text += (piece := add(token))
         print(piece, end="", flush=True)
     print()
@@ -180,7 +184,7 @@ def chat(
         try:
             new = [tokens[len(seen) :]]
             for (token,) in model.generate(new, max_new_tokens, seed=seed + len(messages), cache=cache, **options):
-                if token in tokenizer.stops:
+                if token in stops(tokenizer):
                     break
                 answer.append(token)
                 text += (piece := add(token))
@@ -192,6 +196,37 @@ def chat(
         print()
         print(status, file=sys.stderr)
         messages.append({"role": "assistant", "content": text})
+
+
+def write_jsonl(
+    model: Hymba,
+    tokenizer: tiktoken.Encoding | ReleasedTokenizer,
+    prompts: list[str],
+    batch_size: int,
+    max_new_tokens: int,
+    **options,
+) -> None:
+    """Print {"prompt": ..., "text": ...} for every prompt, in order, as soon as it and those before it are done.
+
+    text is the continuation alone. options go to Hymba.generate; prompt i draws from stream i in batches of any size.
+    """
+    for first in range(0, len(prompts), batch_size):
+        batch = prompts[first : first + batch_size]
+        texts, written = [[] for _ in batch], 0
+
+        def write(prompt: str, tokens: list[int]) -> None:
+            text = tokenizer.decode([token for token in tokens if token < tokenizer.n_vocab])
+            print(json.dumps({"prompt": prompt, "text": text}), flush=True)
+
+        rows = [tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token] for prompt in batch]
+        for step in model.generate(rows, max_new_tokens, stop=stops(tokenizer), first_row=first, **options):
+            for tokens, token in zip(texts, step, strict=True):
+                tokens += [] if token is None else [token]
+            while step[written] is None:  # some row is still going
+                write(batch[written], texts[written])
+                written += 1
+        for prompt, tokens in list(zip(batch, texts, strict=True))[written:]:
+            write(prompt, tokens)
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -211,13 +246,25 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--prompt", default="", help="text to continue [none: a new text]")
     parser.add_argument("--chat", action="store_true", help="talk to an instruction-tuned model")
     parser.add_argument("--n_samples", type=int, default=1)
+    parser.add_argument("--file", type=Path, help="continue each line of a text file, and write JSON lines")
+    parser.add_argument("--batch_size", type=int, default=64, help="--file: prompts at a time [64]")
     parser.add_argument("--max_new_tokens", type=int, default=500)
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token [0.8]")
     parser.add_argument("--top_k", type=int, help="draw from the k likeliest tokens [all]")
     parser.add_argument("--top_p", type=float, help="draw from the likeliest that reach probability p [all]")
     parser.add_argument("--seed", type=int, default=1337)
     parser.add_argument("--device", help="cuda, mps or cpu [the best there is]")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], help="of the weights [bfloat16 on cuda, else the checkpoint's]"
+    )
+    parser.add_argument("--compile", action="store_true", help="faster steps on cuda, after half a minute more")
     args = parser.parse_args(argv)
+    if args.file:  # what can be wrong with it shows before the model is loaded
+        prompts = [line for line in args.file.read_text(encoding="utf-8").splitlines() if line]
+        if not prompts:
+            raise ValueError(f"{args.file} is empty: write one prompt a line")
+        if args.batch_size < 1 or args.prompt or args.n_samples > 1 or args.chat:
+            raise ValueError("--file goes with a --batch_size of 1 or more, without --prompt, --n_samples and --chat")
     runs = sorted(Path("out").glob("*/*/model.safetensors"), key=lambda f: f.stat().st_mtime)
     if not args.init_from and not runs:
         raise ValueError("no checkpoint under out/: run python train.py first, or pass --init_from=FOLDER")
@@ -228,17 +275,20 @@ def main(argv: list[str]) -> None:
     spec = read_json(folder / "config.json").get("tokenizer")  # of train.py's checkpoints
     tokenizer = prepare.load_tokenizer(spec, folder) if spec else ReleasedTokenizer(folder)
     render = chat_template(folder) if args.chat else None
-    model = Hymba.from_pretrained(name, device=device).eval()
+    dtype = args.dtype or ("bfloat16" if device.type == "cuda" else None)
+    model = Hymba.from_pretrained(name, dtype and getattr(torch, dtype), device).eval()
+    if args.compile:
+        model.compile_steps()
     print(f"{folder}: {model.config.pattern}, {model.num_params():,} parameters, on {device}", file=sys.stderr)
     options = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     if args.chat:
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            return chat(model, tokenizer, render, args.max_new_tokens, seed=args.seed, **options)
+        return chat(model, tokenizer, render, args.max_new_tokens, seed=args.seed, **options)
+    if args.file:
+        return write_jsonl(model, tokenizer, prompts, args.batch_size, args.max_new_tokens, seed=args.seed, **options)
     for i in range(args.n_samples):
         if i:
             print("-" * 80)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            stream(model, tokenizer, args.prompt, args.max_new_tokens, seed=args.seed + i, **options)
+        stream(model, tokenizer, args.prompt, args.max_new_tokens, seed=args.seed + i, **options)
 
 
 if __name__ == "__main__":

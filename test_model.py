@@ -232,7 +232,7 @@ def poisoned(monkeypatch):
         monkeypatch.setattr(where, name, lambda *a, f=f, nan=nan, **k: nan(f(*a, **k)))
     if not GPU:
         small = dict(QUERIES=16, KEYS=16, FLOAT32=(16, 16, 4), CHUNK_QUERIES=16, RUN=16, STRIP=32, ROW_BLOCK=16)
-        for name, value in small.items():
+        for name, value in (small | dict(DECODE_KEYS=16)).items():
             monkeypatch.setattr(kernels, name, value)
 
 
@@ -348,6 +348,94 @@ def test_cross_entropy_kernel_extremes(device, poisoned):
     losses = kernels.cross_entropy(a, targets.to(device), True).cpu()
     assert losses[5].isnan() and error(losses[:5], model_module.cross_entropy(b, targets[:5], True)) < 1e-6
     assert error(a[:5].cpu(), b) < 1e-6
+
+
+def decode_inputs(case: int, dtype, device):
+    """Queries, caches and positions of one new token a row, in dtype: one row's cache is nearly empty, one's is full.
+
+    Later keys count for more, so that a running softmax must shrink what it has.
+    """
+    g = torch.Generator().manual_seed(case)
+    (B, S, G, R), (E, F_) = [(2, 70, 2, 5), (1, 300, 1, 3), (3, 33, 3, 1)][case], [(16, 32), (64, 128), (48, 80)][case]
+    r = lambda *shape: torch.randn(*shape, generator=g).to(device, dtype)  # noqa: E731
+    S = S if device == "cpu" else 40 * S
+    pos = torch.randint(0, 2 * S, (B,), generator=g).to(device)
+    pos[0], pos[-1] = 3, S + 1
+    q = r(B, 1, G * R, E).abs()
+    return q, r(B, S, G, E) + torch.arange(S).to(q)[:, None, None] / S, r(B, S, G, F_), pos
+
+
+@on_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("parts", [1, 10**4])
+@pytest.mark.parametrize("case", range(3))
+def test_decode_attention_kernel(case, parts, dtype, device, poisoned, monkeypatch):
+    if dtype == torch.bfloat16 and device == "cpu":
+        pytest.skip("Triton's interpreter has no bfloat16 products")
+    monkeypatch.setattr(kernels, "DECODE_PROGRAMS", parts)
+    q, k, v, pos = decode_inputs(case, dtype, device)
+    expected = []
+    for b, p in enumerate(pos.tolist()):  # the last of p + 1 queries sees slots 0 ... p
+        n = min(p + 1, k.shape[1])
+        expected.append(
+            dense_attention(q[b : b + 1].double(), k[b : b + 1, :n].double(), v[b : b + 1, :n].double(), None, 0)
+        )
+    o = kernels.decode_attention(q, k, v, pos)
+    assert o.dtype == dtype and error(o, torch.cat(expected)) < BOUNDS[dtype][0]
+    assert torch.equal(o, kernels.decode_attention(q, k, v, pos))
+
+
+@on_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("owns_kv", [True, False])
+@pytest.mark.parametrize("window", [0, 9])
+def test_rope_append_kernel(window, owns_kv, dtype, device, poisoned):
+    q, keys, values, _ = decode_inputs(0, dtype, device)
+    (B, _, H, E), (G, F_), M = q.shape, values.shape[2:], 3
+    pos = torch.tensor([2, 46], device=device)
+    proj = torch.randn(B, 1, H * E + G * (E + F_) + 7, device=device).to(dtype)  # and what follows
+    config = HymbaConfig(n_embd=H * E, n_head=H, n_kv_head=G)
+    cos, sin = model_module.rope_angles(config, pos[:, None])
+    rotate = lambda u: model_module.apply_rope(u.double(), (cos.double(), sin.double()))  # noqa: E731
+    new_q, new_k, new_v, _ = proj.split([H * E, G * E, G * F_, 7], dim=-1)
+    slots = [2, 46] if not window else [2, 10]
+    expected = keys.double(), values.double()
+    for b, slot in enumerate(slots if owns_kv else []):
+        expected[0][b, slot] = rotate(new_k.unflatten(2, (G, E)))[b, 0]
+        expected[1][b, slot] = new_v.unflatten(2, (G, F_))[b, 0].double()
+    out = kernels.rope_append(proj, cos, sin, pos, keys, values, H, owns_kv, window, M)
+    assert error(out, rotate(new_q.unflatten(2, (H, E)))) < BOUNDS[dtype][0]
+    assert error(keys, expected[0]) < BOUNDS[dtype][0] and torch.equal(values.double(), expected[1])
+
+
+@on_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("N, K", [(16, 4), (5, 2)])
+def test_step_kernels(N, K, norm, dtype, device, poisoned):
+    """One token's convolution and scan against the loops, over several tokens, so that tail and state are checked."""
+    B, T, D = 2, 5, 42
+    g = torch.Generator().manual_seed(N)
+    r = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
+    proj, dtBC, dt = (r(B, T, n).to(device, dtype) for n in (11 + 2 * D, 3 + 2 * N, D))
+    weight, bias, A_log, skip, dt_bias = (u.to(device) for u in (r(D, K), r(D), r(D, N), r(D), r(D)))
+    scales = [r(N).to(device) for _ in "BC"] if norm else [None, None]
+    tail, state = r(B, K - 1, D).to(device, dtype), r(B, D, N).to(device)
+    x, z = proj[..., -2 * D :].double().split(D, dim=-1)
+    u, _ = causal_conv(x, weight.double(), bias.double(), tail.double())
+    B_, C_ = dtBC[..., 3:].double().split(N, dim=-1)
+    if norm:
+        B_, C_ = (F.rms_norm(v, (N,), w.double(), 1e-6) for v, w in zip((B_, C_), scales, strict=True))
+    last_inputs, ys = torch.cat([tail.double(), x], 1)[:, 1 - K :], []
+    rest = skip.double(), z, dt_bias.double(), state.double()
+    expected, last = scan_loop(u.to(dtype).double(), dt.double(), -A_log.double().exp(), B_, C_, *rest)
+    for t in range(T):
+        one = lambda v: v[:, t : t + 1]  # noqa: B023, E731
+        y = kernels.conv_step(one(proj), weight, bias, tail)
+        assert error(y, one(u)) < BOUNDS[dtype][0]
+        ys.append(kernels.scan_step(y, one(dt), A_log, one(dtBC), skip, one(proj), dt_bias, state, *scales, 1e-6))
+    assert error(torch.cat(ys, 1), expected) < 2 * BOUNDS[dtype][0] and error(state, last) < BOUNDS[dtype][0]
+    assert torch.equal(tail.double(), last_inputs)
 
 
 @on_device
@@ -1141,6 +1229,138 @@ def test_ragged_batch_gives_each_row_what_it_gets_alone(pattern):
                 assert best.tolist() == list(row)
 
 
+def test_ragged_batch_of_64_equals_64_single_runs():
+    """Rows end at different times, and the batch is halved as they do."""
+    model, g = small("HhM"), torch.Generator().manual_seed(0)
+    prompts = [tokens(int(n), seed=i).tolist() for i, n in enumerate(torch.randint(1, 12, (64,), generator=g))]
+    alone = [[t for (t,) in model.generate([p], 24, temperature=0)] for p in prompts]
+    stop = max(range(61), key=lambda t: sum(t in row for row in alone))  # the token that ends most rows
+    together = list(zip(*model.generate(prompts, 24, temperature=0, stop=stop), strict=True))
+    for row, expected in zip(together, alone, strict=True):
+        n = expected.index(stop) if stop in expected else 24
+        assert list(row) == expected[:n] + [None] * (len(row) - n)
+    assert 8 < sum(stop in row for row in alone) < 64
+
+
+def test_sampling_does_not_depend_on_the_batch():
+    model, prompts = small("Hh"), [tokens(n, seed=n).tolist() for n in (5, 2, 9, 3)]
+    options = dict(max_new_tokens=15, temperature=1.5, top_k=40, top_p=0.95, seed=7)
+    together = list(zip(*model.generate(prompts, **options), strict=True))
+    for i in range(4):
+        assert [t for (t,) in model.generate(prompts[i : i + 1], first_row=i, **options)] == list(together[i])
+    pair = zip(*model.generate(prompts[1:3], first_row=1, **options), strict=True)
+    assert list(pair) == together[1:3]
+    same = list(zip(*model.generate([prompts[0]] * 3, **options), strict=True))
+    assert len(set(same)) == 3  # equal prompts, different streams
+
+
+def test_random_numbers():
+    """Exponentially distributed, without correlation along any of the counter's parts, each following from its own."""
+    seeds, rows, pos = (0, 1, 2**64 - 1), torch.arange(40), torch.arange(40) * 3
+    draws = torch.stack(
+        [model_module.exponential(s, rows, pos + p, 500) for s in seeds for p in (0, 1)]
+    )  # (6, 40, 500)
+    u = torch.exp(-draws.double()).flatten().sort().values  # uniform, then
+    n = len(u)
+    assert (u - (torch.arange(n) + 0.5) / n).abs().max() < 1.95 / math.sqrt(n)  # Kolmogorov-Smirnov, p = 0.001
+    z = torch.special.ndtri(torch.exp(-draws.double()).clamp(1e-12, 1 - 1e-12))
+    for dim in range(3):
+        a, b = z.narrow(dim, 0, z.shape[dim] - 1), z.narrow(dim, 1, z.shape[dim] - 1)
+        assert abs((a * b).mean()) < 4 / math.sqrt(a.numel())
+    assert draws.unique().numel() > 0.99 * n and (draws > 0).all()
+    assert torch.equal(model_module.exponential(1, rows[7:9], pos[7:9], 99), draws[2, 7:9, :99])
+
+
+def test_prompts_are_read_in_pieces(monkeypatch):
+    model, sizes = small("HhhMt"), []
+    prompts = [tokens(n, seed=n).tolist() for n in (50, 23, 23, 23, 4)]
+    expected = list(model.generate(prompts, 12, temperature=0))
+    monkeypatch.setattr(model_module, "PREFILL", 16)
+    forward = Hymba.hidden
+    monkeypatch.setattr(Hymba, "hidden", lambda m, idx, cache: sizes.append(idx.numel()) or forward(m, idx, cache))
+    assert list(model.generate(prompts, 12, temperature=0)) == expected
+    assert max(sizes) == 16 and sum(sizes[:-11]) == 50 + 3 * 23 + 4
+
+
+def test_a_cache_that_generate_left_early():
+    model, prompt = small("HhM"), tokens(9).tolist()
+    cache = model.new_cache(1, 4)
+    steps = model.generate([prompt], None, cache=cache)
+    drawn = [next(steps)[0] for _ in range(4)]
+    steps.close()
+    with torch.no_grad():
+        logits = model(torch.tensor([drawn[-1:]]), cache=cache)[0]
+        full = model(torch.tensor([prompt + drawn]))[0]
+    assert error(logits[0, -1], full[0, -1]) < 1e-5
+
+
+def test_steps_across_a_doubling_of_the_buffers():
+    model = small("TH")
+    cache = model.new_cache(2, 6)
+    row = torch.arange(2)
+    greedy = lambda x, cache, row: F.linear(x, model.embed.weight).argmax(-1)  # noqa: E731
+    first = torch.tensor([3, 5])
+    decoder = model_module.Decoder(model, cache, first.clone(), row, greedy)
+    seen, capacities = [], []
+    for _ in range(30):
+        decoder.step()
+        seen.append(decoder.tokens.tolist())
+        capacities.append(cache.capacity)
+    assert sorted(set(capacities)) == [6, 12, 24, 48] and cache.nbytes == 2 * model.cache_bytes(48, torch.float32)
+    assert seen == list(model.generate([[3], [5]], 30, temperature=0))
+
+
+def test_cast_keeps_what_must_be_float32():
+    model = small("HhM").cast(torch.bfloat16)
+    for name, p in model.named_parameters():
+        kept = name.rpartition(".")[2] in ("conv_weight", "conv_bias", "dt_bias", "A_log", "D")
+        assert p.dtype == (torch.float32 if kept else torch.bfloat16), name
+    cache = model.new_cache(1, 9)
+    assert {u.dtype for u in cache.kv[0]} == {torch.bfloat16} and cache.ssm[2][1].dtype == torch.float32
+    with torch.no_grad():
+        full, idx = model(tokens(1, 30))[0], tokens(1, 30)
+        assert full.dtype == torch.bfloat16 and error(full, small("HhM")(idx)[0]) < 0.05
+        out = torch.cat([model(piece, cache=cache)[0] for piece in idx.split([17] + [1] * 13, dim=1)], 1)
+    assert error(out, full) < 0.03
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("pattern", ["HhhhH", "MtT"])
+def test_captured_steps_equal_the_reference(pattern):
+    """CUDA graphs, across growing caches and halved batches, and compiled steps: the tokens of the plain model."""
+    sizes = dict(n_embd=256, n_head=4, n_kv_head=2, n_hidden=512, n_meta=16, window=64, vocab_size=512)
+    fast, slow = (small(pattern, **sizes, kernels=on).cuda() for on in (True, False))
+    prompts = [tokens(n, vocab=512, seed=n).tolist() for n in (3, 200, 77, 30)]
+    for n, options in ((200, dict(temperature=0)), (200, dict(temperature=0, stop=5)), (60, dict(seed=5, top_p=0.9))):
+        expected = list(slow.generate(prompts, n, **options))
+        assert list(fast.generate(prompts, n, **options)) == expected
+        endless = fast.generate(prompts, None, **options)
+        assert [next(endless) for _ in expected] == expected
+    one = [[t for (t,) in fast.generate([p], 200, temperature=0)] for p in prompts]
+    together = list(fast.generate(prompts, 200, temperature=0))
+    assert one == [list(row) for row in zip(*together, strict=True)]
+    assert list(fast.compile_steps().generate(prompts, 200, temperature=0)) == together
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+def test_long_prompts_need_bounded_memory():
+    """Beside the weights and the cache, a prompt of 128k tokens needs no more than one of 32k does."""
+    with torch.device("cuda"):
+        model = Hymba(HymbaConfig(n_embd=256, n_head=4, n_kv_head=2, n_hidden=512, pattern="HhhhH")).cast(
+            torch.bfloat16
+        )
+    peaks = []
+    for n in (2**15, 2**17):
+        prompt = tokens(n, vocab=32001).tolist()
+        list(model.generate([prompt[:100]], 2))
+        torch.cuda.reset_peak_memory_stats()
+        list(model.generate([prompt], 4))
+        peaks.append(torch.cuda.max_memory_allocated() - model.cache_bytes(n + 4))
+    assert peaks[1] < 1.1 * peaks[0]
+
+
 def test_generate_stops_and_samples():
     model = small("HhH")
     prompts = [tokens(4, seed=s).tolist() for s in range(6)]
@@ -1161,7 +1381,7 @@ def test_generate_stops_and_samples():
     assert greedy == [t for (t,) in model.generate([[1]], 50, temperature=3.0, top_k=1)]
     assert greedy == [t for (t,) in model.generate([[1]], 50, temperature=3.0, top_p=1e-6)]
     endless = model.generate([[1]], None, temperature=0)
-    assert [next(endless)[0] for _ in range(300)][:50] == greedy
+    assert [next(endless)[0] for _ in range(300)] == [t for (t,) in model.generate([[1]], 300, temperature=0)]
     for bad in ([], [[]]):
         with pytest.raises(ValueError, match="every prompt needs at least one token"):
             next(model.generate(bad))
@@ -1189,10 +1409,10 @@ def test_generate_continues_a_cache(pattern):
 
 def test_top_k_and_top_p_distribution():
     logits = torch.log(torch.tensor([[0.05, 0.5, 0.15, 0.3]])).repeat(4000, 1)
-    rng = [torch.Generator().manual_seed(0)] * 4000
+    counter = 0, torch.arange(4000), torch.full((4000,), 9)
 
     def shares(temperature=1.0, top_k=None, top_p=None):
-        return torch.bincount(model_module.sample_token(logits, temperature, top_k, top_p, rng), minlength=4) / 4000
+        return torch.bincount(model_module.sample_token(logits, temperature, top_k, top_p, counter), minlength=4) / 4000
 
     assert torch.allclose(shares(), torch.tensor([0.05, 0.5, 0.15, 0.3]), atol=0.03)
     assert torch.allclose(shares(top_k=2), torch.tensor([0, 0.625, 0, 0.375]), atol=0.03)
@@ -1221,7 +1441,7 @@ def test_cache_refuses_long_calls_for_ragged_rows():
     cache = Cache(HymbaConfig(**SMALL, pattern="TT"), 2, 9, torch.float32, torch.device("cpu"))
     cache.ragged = True
     with pytest.raises(ValueError, match="one token a call"):
-        cache.append(0, None, torch.zeros(2, 3, 2, 8), torch.zeros(2, 3, 2, 8))
+        cache.block(0).extend(None, torch.zeros(2, 3, 2, 8), torch.zeros(2, 3, 2, 8))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1536,6 +1756,70 @@ def test_sample_command(corpus, tmp_path):
     assert run("--max_new_tokens=5").returncode == 0
 
 
+def test_sample_file(tmp_path, capsys):
+    """--file writes a line for each prompt in order, the same in batches of any size, and complains before it loads."""
+    torch.manual_seed(0)
+    model = Hymba(HymbaConfig(**(SMALL | dict(pattern="hM", vocab_size=320))))
+    model.save_pretrained(tmp_path / "model", tokenizer="bytes")
+    file = tmp_path / "prompts.txt"
+    prompts = ["one", "a longer prompt", "two \u00e9", "four", "five"]
+    file.write_text("\n".join(prompts) + "\n\n", encoding="utf-8")
+    flags = [f"--init_from={tmp_path / 'model'}", "--device=cpu", "--max_new_tokens=12", f"--file={file}"]
+    outputs = []
+    for size in (1, 2, 64):
+        sample.main([*flags, f"--batch_size={size}", "--seed=3"])
+        outputs.append(capsys.readouterr().out)
+    rows = [json.loads(line) for line in outputs[0].splitlines()]
+    assert [row["prompt"] for row in rows] == prompts and outputs[0] == outputs[1] == outputs[2]
+    assert len({row["text"] for row in rows}) > 1 and set(rows[0]) == {"prompt", "text"}
+    file.write_text("\n")
+    for bad, kind, message in [
+        ([], ValueError, "prompts.txt is empty: write one prompt a line"),
+        ([f"--file={tmp_path / 'nowhere.txt'}"], FileNotFoundError, "nowhere.txt"),
+    ]:
+        with pytest.raises(kind, match=message):  # before the model: there is none
+            sample.main([*flags, f"--init_from={tmp_path / 'no model'}", *bad])
+    file.write_text("x")
+    with pytest.raises(ValueError, match="--batch_size of 1 or more"):
+        sample.main([*flags, "--batch_size=0"])
+
+
+def test_jsonl_lines_come_as_soon_as_they_can():
+    """Rows end in the order 1, 2, 0, 3: nothing is written before row 0 has ended, then three lines at once."""
+    tokenizer, printed = prepare.load_tokenizer("bytes", "."), []
+
+    class Fixed:
+        def generate(self, prompts, max_new_tokens, stop, first_row):
+            a = ord("a")
+            for step in ([a, a, a, a], [a, None, a, a], [a, None, None, a], *[[None, None, None, a]] * 2):
+                printed.append(None)
+                yield step
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("builtins.print", lambda line, **_: printed.append(json.loads(line)["text"]))
+        sample.write_jsonl(Fixed(), tokenizer, list("wxyz"), 8, 9)
+    assert printed == [None] * 4 + ["aaa", "a", "aa", None, "aaaaa"]
+
+
+def test_bench_counts_a_step_s_bytes():
+    import bench
+
+    sizes = dict(n_embd=32, n_head=2, n_kv_head=1, n_hidden=16, d_state=4, n_meta=5, window=7, vocab_size=64)
+    spec = dict(config=sizes | dict(pattern="HhhMT"), batch=2, contexts=[16], prefill=False, steps=1)
+    (row,) = bench.decode_worker(spec, torch.device("cpu"))
+    E, F_, D, steps = 16, 32, 64, 3 + 0  # three steps before the bytes are counted
+    full, ring = 5 + 16 + steps + 1, 5 + 7
+    kv = 2 * (full * (E + F_) + 2 * ring * (E + F_) + full * 2 * E)  # H; two blocks that read one ring; T
+    ssm = 4 * (2 * 3 * D + 4 * D * 4)  # H, h, h, M: conv tail in bfloat16, state in float32
+    with torch.device("meta"):
+        model = Hymba(HymbaConfig(**sizes, pattern="HhhMT"))
+    kept = 4 * (D * 4 + 3 * D + D * 4)  # float32 in H, h, h, M: conv_weight, conv_bias, dt_bias, D and A_log
+    weights = 2 * model.num_params() + 2 * kept
+    assert abs(row["read_gb"] * 1e9 - weights - 2 * (kv + ssm)) < 1
+    assert row["cache_mb"] == row["formula_mb"] == model.cache_bytes(16 + 256) / 1e6
+    assert {"ms_per_step", "tokens_per_s"} < set(row)
+
+
 def test_streaming_holds_back_half_characters(capsys):
     tokenizer = prepare.load_tokenizer("bytes", ".")
 
@@ -1644,7 +1928,8 @@ def test_chat_survives_ctrl_c(tmp_path, monkeypatch, capsys):
     def interrupted(self, idx, cache):
         calls.append(1)
         if len(calls) == 4:  # between two blocks, say
-            self.blocks[0](torch.zeros(1, 1, 32), model_module.rope_angles(self.config, torch.zeros(1, 1)), None, cache)
+            rope = model_module.rope_angles(self.config, torch.zeros(1, 1))
+            self.blocks[0](torch.zeros(1, 1, 32), rope, None, cache.block(0))
             raise KeyboardInterrupt
         return run(self, idx, cache)
 
