@@ -23,7 +23,8 @@ import tiktoken
 import torch
 
 import prepare
-from model import Hymba, pretrained_folder
+from model import Hymba
+from weights import pretrained_folder
 
 
 def read_json(file: Path) -> dict:

@@ -36,6 +36,7 @@ import model as model_module
 import prepare
 import sample
 import train
+import weights
 from model import Cache, Hymba, HymbaConfig, causal_conv, linear_cross_entropy, selective_scan, windowed_attention
 
 try:
@@ -787,7 +788,8 @@ def test_flops():
 
 
 def test_runs_alone_with_kernels_absent(tmp_path):
-    shutil.copy(ROOT / "model.py", tmp_path)
+    for file in ("model.py", "weights.py"):
+        shutil.copy(ROOT / file, tmp_path)
     code = "from model import *; m = Hymba(HymbaConfig(n_embd=32, n_head=2, n_kv_head=1, pattern='HhM')); "
     code += "m(torch.zeros(1, 5, dtype=torch.long), torch.zeros(1, 5, dtype=torch.long))[1].backward(); print('ok')"
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
@@ -944,12 +946,12 @@ def test_released_hymba_1_5b_has_exactly_the_published_tensors():
         num_key_value_heads=5, intermediate_size=5504, mamba_d_state=16, mamba_d_conv=4, mamba_dt_rank=100,
         num_memory_tokens=128, sliding_window=1024, global_attn_idx=[0, 15, 31], kv_reuse_group=sorted(groups),
         orig_max_position_embeddings=2048, max_position_embeddings=8192)  # fmt: skip
-    config = model_module.released_config(c)
+    config = HymbaConfig(**weights.released_config(c))
     _, args = train.parse([str(ROOT / "config/hymba_1.5b.py")])
     expected = asdict(HymbaConfig(**args, vocab_size=32001)) | dict(window=1025, block_size=8192, rope_orig=2048)
     assert asdict(config) == expected
     with torch.device("meta"):
-        layout = Hymba(config).layout("hymba")
+        layout = weights.layout(Hymba(config), "hymba")
     assert {name: shape for theirs in layout.values() for name, shape in theirs.items()} == released_shapes(c)
     shapes = released_shapes(c)  # and the figures of the description themselves
     assert shapes["model.layers.1.mamba.in_proj.weight"] == (8960, 1600)
@@ -991,7 +993,7 @@ def test_weights_load_without_a_second_copy(kind, tmp_path):
     c = LLAMA_JSON | dict(vocab_size=40_000, hidden_size=256, tie_word_embeddings=True)
     write_released(tmp_path, c)
     if kind == "own":
-        config = model_module.released_config(c)
+        config = HymbaConfig(**weights.released_config(c))
         Hymba(config).save_pretrained(tmp_path)
 
     def anonymous() -> int:
@@ -1134,7 +1136,7 @@ def test_a_crash_in_save_pretrained_leaves_the_old_files(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr(model_module, "save_file", full)
+        patch.setattr(weights, "save_file", full)
         model.save_pretrained(tmp_path)
     assert contents(tmp_path) == before
     with torch.no_grad():
