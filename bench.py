@@ -26,6 +26,7 @@ decode step reading all weights and what each block sees of the caches once, at 
 import argparse
 import importlib.util
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -99,7 +100,9 @@ def table(rows: list[dict]) -> None:
 def attempt(name: str, f, *args) -> dict | None:
     """f(*args), or None with a line that says why not: a peer that fails must not take the others' results with it."""
     try:
-        return f(*args)
+        r = f(*args)
+        print(f"{name}: {r['fwd']:.3g} ms forward, {r['bwd']:.3g} ms backward", file=sys.stderr)
+        return r
     except Exception as e:  # whatever a peer raises
         print(f"{name}: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}", file=sys.stderr)
         return None
@@ -114,11 +117,11 @@ def mamba_ssm_scan(x, dt, A, B, C, D, z, dt_bias):
     return y.transpose(1, 2)
 
 
-def scan_gpu(repeats: int) -> list[dict]:
+def scan_gpu(repeats: int, tokens: list[int]) -> list[dict]:
     import kernels
 
     rows = []
-    for B, T, D, N in SCAN_GPU:
+    for B, T, D, N in [(1, T, 3200, 16) for T in tokens] or SCAN_GPU:
         torch.manual_seed(0)
         new = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16)  # noqa: E731
         A = -torch.arange(1.0, N + 1, device="cuda").repeat(D, 1)
@@ -180,7 +183,7 @@ def flex(window: int, n_meta: int, T: int, halves: bool = False, inside: bool = 
     return f
 
 
-def attention_gpu(repeats: int) -> list[dict]:
+def attention_gpu(repeats: int, tokens: list[int]) -> list[dict]:
     import kernels
 
     def sdpa(q, k, v):
@@ -199,7 +202,7 @@ def attention_gpu(repeats: int) -> list[dict]:
             peers |= {"flex": None, "flex halves": None}
         else:
             peers |= {"sdpa": sdpa, "sdpa repeated": sdpa_repeated}
-        for B, T, H, G in ATTENTION:
+        for B, T, H, G in [(1, T, 25, 5) for T in tokens] or ATTENTION:
             torch.manual_seed(0)
             sizes = [(H, 64), (G, 64), (G, value_size)]
             inputs = [torch.randn(B, T, *s, device="cuda", dtype=torch.bfloat16).requires_grad_() for s in sizes]
@@ -233,6 +236,7 @@ def train_worker(config: str, peer: bool, B: int, T: int, steps: int = 12) -> di
     torch.set_float32_matmul_precision("high")
     model = reference.Hymba(reference.HymbaConfig(**(args | {"vocab_size": 50304, "block_size": T}))).cuda()
     optimizer = train.optimizer_for(model, train.TrainConfig())
+    torch._functorch.config.force_non_lazy_backward_lowering = True  # compile it all before a step takes memory
     compiled = torch.compile(model)
     idx = torch.randint(0, 50304, (B, T + 1), device="cuda")
 
@@ -588,15 +592,15 @@ def plot(files: list[str]) -> None:
                     at = [shapes.index(shape) + 0.8 * (i + 0.5) / len(lines) - 0.4 for shape in here]
                     ax.bar(at, [r[key] for r in here.values()], 0.8 / len(lines), label=label)
                     continue
-                points = sorted((eval_shape(shape), r[key]) for shape, r in here.items())
+                points = sorted((tokens_of(shape), r[key]) for shape, r in here.items())
                 ax.plot(*zip(*points, strict=True), "o-", label=label)
-                floors = sorted((eval_shape(shape), r.get("exp_floor", r.get("floor"))) for shape, r in here.items())
+                floors = sorted((tokens_of(shape), r.get("exp_floor", r.get("floor"))) for shape, r in here.items())
                 if key == "fwd" and name == "ours" and None not in floors[0]:
                     ax.plot(*zip(*floors, strict=True), "k--", label=f"floor, {mask}".rstrip(", "))
             if what == "train":
                 ax.set(xticks=range(len(shapes)), xticklabels=shapes, xlabel="batch x tokens", ylabel=key)
             else:
-                ax.set(xscale="log", yscale="log", xlabel="batch x tokens x channels or heads", ylabel=f"{key}, ms")
+                ax.set(xscale="log", yscale="log", xlabel="tokens", ylabel=f"{key}, ms")
             ax.legend(fontsize="small")
         fig.suptitle(f"{what}, {result['device']}")
         fig.tight_layout()
@@ -604,10 +608,9 @@ def plot(files: list[str]) -> None:
         print(f"wrote bench_{what}.png")
 
 
-def eval_shape(shape: str) -> int:
-    """The first three numbers of "(B, T, D, N)", multiplied."""
-    B, T, D = (int(n) for n in shape.strip("()").split(",")[:3])
-    return B * T * D
+def tokens_of(shape: str) -> int:
+    """B x T of "(B, T, D, N)"."""
+    return math.prod(int(n) for n in shape.strip("()").split(",")[:2])
 
 
 def main(argv: list[str]) -> None:
@@ -615,6 +618,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("what", choices=["scan", "attention", "train", "decode", "roadmap", "sweep", "plot"])
     parser.add_argument("files", nargs="*", help="plot: what --json wrote")
     parser.add_argument("--repeats", type=int, help="timed runs [CPU: 7, GPU: 30]")
+    parser.add_argument("--tokens", default="", help="GPU scan, attention: one sequence each of 1024,4096,... tokens")
     parser.add_argument("--loop", action="store_true", help="scan on a CPU: time the loop, too (minutes)")
     parser.add_argument("--configs", default="hymba_125m,hymba_125m:peers,llama_125m", help="train: which models")
     parser.add_argument("--shapes", default="16x2048,4x8192", help="train: batch x tokens")
@@ -645,10 +649,11 @@ def main(argv: list[str]) -> None:
         )
     device = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
     print(f"{args.what} on {device}, torch {torch.__version__}; times in ms")
+    tokens = [int(n) for n in args.tokens.split(",") if n]
     if args.what == "scan":
-        rows = scan_gpu(args.repeats or 30) if gpu else scan_cpu(args.repeats or 7, args.loop)
+        rows = scan_gpu(args.repeats or 30, tokens) if gpu else scan_cpu(args.repeats or 7, args.loop)
     elif args.what == "attention":
-        rows = attention_gpu(args.repeats or 30)
+        rows = attention_gpu(args.repeats or 30, tokens)
     elif args.what == "train":
         rows = train_gpu(args.configs.split(","), args.shapes.split(","))
     else:
