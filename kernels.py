@@ -83,10 +83,49 @@ def _token(tile, t: tl.constexpr):
 
 
 @triton.jit
-def _enter(state, A, adds_ptr, total_ptr, first, last, step, offset, d, D, in_state, in_d, N: tl.constexpr):
+def _own(A_ptr, D, N: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, TT: tl.constexpr, K: tl.constexpr):
+    """What a program works on: channels d, tokens t of a tile, states n, where (state, channel) stands, and A.
+
+    A's load decides the layout of every (BD, TT, BN) tile: K channels to a thread, lanes over channels, then states.
+    """
+    d = tl.program_id(0) * BD + tl.max_contiguous(tl.arange(0, BD), K)
+    n = tl.arange(0, BN)
+    state = d[:, None, None] + n[None, None, :] * D
+    in_state = (d < D)[:, None, None] & (n < N)[None, None, :]
+    A = tl.load(A_ptr + state, mask=in_state, other=0.0) * LOG2E  # (BD, 1, BN)
+    return d, tl.arange(0, TT), n, d < D, state, in_state, A
+
+
+@triton.jit
+def _per_channel(ptr, d, D):
+    """Of a (D,) vector, this program's part (BD, 1)."""
+    return tl.load(ptr + d, mask=d < D, other=0.0).to(tl.float32)[:, None]
+
+
+@triton.jit
+def _load_tile(x_ptr, dt_ptr, z_ptr, B_ptr, C_ptr, x_t, dt_t, z_t, B_t, C_t, d, t, n, here, in_n, HAS_Z: tl.constexpr):
+    """The next tile of every input as it is in memory: x, dt, z (BD, TT), B, C (TT, BN)."""
+    x = tl.load(x_ptr + d[:, None] + t[None, :] * x_t, mask=here, other=0.0)
+    dt = tl.load(dt_ptr + d[:, None] + t[None, :] * dt_t, mask=here, other=0.0)
+    z = x
+    if HAS_Z:
+        z = tl.load(z_ptr + d[:, None] + t[None, :] * z_t, mask=here, other=0.0)
+    B = tl.load(B_ptr + t[:, None] * B_t + n[None, :], mask=in_n, other=0.0)
+    C = tl.load(C_ptr + t[:, None] * C_t + n[None, :], mask=in_n, other=0.0)
+    return x, dt, z, B, C
+
+
+@triton.jit
+def _spread(tile, BD: tl.constexpr):
+    """(TT, BN) -> (BD, TT, BN), handed to every channel's lanes once instead of loaded by each."""
+    return tl.broadcast_to(_pin(tile, 0)[None, :, :], (BD, tile.shape[0], tile.shape[1]))
+
+
+@triton.jit
+def _enter(state, A, adds_ptr, total_ptr, first, last, step, offset, d, D, in_state, N: tl.constexpr):
     """Carries a state over whole segments: h <- exp(A * sum of dt) h + (what the segment adds to a zero state)."""
     for s in range(first, last, step):
-        total = tl.load(total_ptr + s * D + d, mask=in_d, other=0.0)[:, None, None]
+        total = tl.load(total_ptr + s * D + d, mask=d < D, other=0.0)[:, None, None]
         state = tl.exp2(total * A) * state + tl.load(adds_ptr + s * D * N + offset, mask=in_state, other=0.0)
     return state
 
@@ -96,7 +135,7 @@ def scan_segment_kernel(
     x_ptr, dt_ptr, A_ptr, B_ptr, z_ptr, bias_ptr, adds_ptr, total_ptr,
     T, D, length, x_b, x_t, dt_b, dt_t, B_b, B_t, z_b, z_t,
     N: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, TT: tl.constexpr, K: tl.constexpr,
-    HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, REVERSE: tl.constexpr,
+    HAS_Z: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """What a segment of `length` tokens adds to a zero state, and the sum of its dt. Where B x D is too few programs,
     T is cut into segments: this pass runs over all of them at once, then each program of the main pass starts from
@@ -108,50 +147,32 @@ def scan_segment_kernel(
     REVERSE does the same for dh_t = a_t (dh_{t+1} + C_t dout_t), the gradient that token t hands to token t - 1: then
     x_ptr is dy, B_ptr is C, and dout = dy silu(z).
     """
-    d = tl.program_id(0) * BD + tl.max_contiguous(tl.arange(0, BD), K)
-    segment = tl.program_id(1)
+    d, t, n, in_d, state, in_state, A = _own(A_ptr, D, N, BN, BD, TT, K)
+    bias = _per_channel(bias_ptr, d, D)
     b = tl.program_id(2).to(tl.int64)
-    t = tl.arange(0, TT)
-    n = tl.arange(0, BN)
-    in_d = d < D
-    state = d[:, None, None] + n[None, None, :] * D
-    in_state = in_d[:, None, None] & (n < N)[None, None, :]
-    A = tl.load(A_ptr + state, mask=in_state, other=0.0) * LOG2E
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + d, mask=in_d, other=0.0).to(tl.float32)[:, None]
-    start = segment.to(tl.int64) * length
+    start = tl.program_id(1).to(tl.int64) * length
     n_tile = tl.cdiv(tl.minimum(length, T - start), TT)
-    x_ptr += b * x_b + start * x_t
-    dt_ptr += b * dt_b + start * dt_t
-    B_ptr += b * B_b + start * B_t
-    if HAS_Z:
-        z_ptr += b * z_b + start * z_t
     h = tl.zeros((BD, 1, BN), tl.float32)
     total = tl.zeros((BD, TT), tl.float32)
     for i in range(0, n_tile):
-        t0 = i * TT
+        t0 = start + i * TT
         if REVERSE:
-            t0 = (n_tile - 1 - i) * TT
-        in_t = start + t0 + t < T
-        here = in_d[:, None] & in_t[None, :]
-        in_n = in_t[:, None] & (n < N)[None, :]
-        u = tl.load(x_ptr + t0.to(tl.int64) * x_t + d[:, None] + t[None, :] * x_t, mask=here, other=0.0).to(tl.float32)
-        dt = tl.load(dt_ptr + t0.to(tl.int64) * dt_t + d[:, None] + t[None, :] * dt_t, mask=here, other=0.0).to(
-            tl.float32
-        )
-        Bt = tl.load(B_ptr + t0.to(tl.int64) * B_t + t[:, None] * B_t + n[None, :], mask=in_n, other=0.0)
-        Bt = tl.broadcast_to(_pin(Bt, 0)[None, :, :], (BD, TT, BN))
-        if HAS_BIAS:
-            dt += bias
-        dt = tl.where(here, _softplus(dt), 0.0)
+            t0 = start + (n_tile - 1 - i) * TT
+        here = in_d[:, None] & (t0 + t < T)[None, :]
+        in_n = (t0 + t < T)[:, None] & (n < N)[None, :]
+        Bs = B_ptr + b * B_b + t0 * B_t
+        u, dt, z, Bt, _ = _load_tile(
+            x_ptr + b * x_b + t0 * x_t, dt_ptr + b * dt_b + t0 * dt_t, z_ptr + b * z_b + t0 * z_t, Bs, Bs,
+            x_t, dt_t, z_t, B_t, B_t, d, t, n, here, in_n, HAS_Z,
+        )  # fmt: skip
+        u = u.to(tl.float32)
+        dt = tl.where(here, _softplus(dt.to(tl.float32) + bias), 0.0)
         total += dt
         if not REVERSE:
             u *= dt
         if HAS_Z:
-            z = tl.load(z_ptr + t0.to(tl.int64) * z_t + d[:, None] + t[None, :] * z_t, mask=here, other=0.0).to(
-                tl.float32
-            )
-            u *= z * _sigmoid(z)
+            u *= z.to(tl.float32) * _sigmoid(z.to(tl.float32))
+        Bt = _spread(Bt, BD)
         u_p = _pin(u, 1)[:, :, None]
         dt_p = _pin(dt, 1)[:, :, None]
         for j in tl.static_range(TT):
@@ -159,7 +180,7 @@ def scan_segment_kernel(
                 h = tl.exp2(_token(dt_p, TT - 1 - j) * A) * (h + _token(u_p, TT - 1 - j) * _token(Bt, TT - 1 - j))
             else:
                 h = tl.exp2(_token(dt_p, j) * A) * h + _token(u_p, j) * _token(Bt, j)
-    row = b * tl.num_programs(1) + segment
+    row = b * tl.num_programs(1) + tl.program_id(1)
     tl.store(adds_ptr + row * D * N + state, h, mask=in_state)
     tl.store(total_ptr + row * D + d, tl.sum(total, 1), mask=in_d)
 
@@ -169,95 +190,68 @@ def scan_forward_kernel(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, h0_ptr, adds_ptr, total_ptr, y_ptr, hT_ptr, chunk_ptr,
     T, D, length, x_b, x_t, dt_b, dt_t, B_b, B_t, C_b, C_t, z_b, z_t,
     N: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, TT: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr,
-    HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr, SAVE: tl.constexpr,
+    HAS_Z: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
     """h_t = exp(dt_t A) h_{t-1} + u_t B_t, y_t = (C_t . h_t + D x_t) silu(z_t), u_t = dt_t x_t.
 
     Grid (D / BD, segments, B). Per (token, channel, state): 1 exp2, which holds its unit for 8 cycles a warp, and about
-    5 other instructions (dt A, u B, a h + u B, and C h summed over 4 states in the thread, then 4 lanes by shuffles).
-    Small tiles, one warp a program, many programs: T is walked in order, so what hides the latency of this warp's chain
-    is other channels' warps. SAVE keeps h before each CHUNK of tokens, for the backward pass.
+    10 other instructions: dt A, u B, a h + u B, C h (summed over 4 states in the thread, then 4 lanes by shuffles), and
+    a sixteenth of what a (token, channel) needs: loads, softplus, gate. Small tiles, one warp a program, many programs:
+    T is walked in order, so what hides the latency of this warp's chain is other channels' warps. (The other way
+    round, lanes over time and a scan across them, needs as many instructions and was slower.) SAVE keeps h before each
+    CHUNK of tokens, for the backward pass.
     """
-    d = tl.program_id(0) * BD + tl.max_contiguous(tl.arange(0, BD), K)
+    d, t, n, in_d, state, in_state, A = _own(A_ptr, D, N, BN, BD, TT, K)
+    skip = _per_channel(D_ptr, d, D)
+    bias = _per_channel(bias_ptr, d, D)
     segment = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
-    t = tl.arange(0, TT)
-    n = tl.arange(0, BN)
-    in_d = d < D
-    # This access decides the layout of every (BD, TT, BN) tile below: K channels to a thread, lanes over D, then N.
-    state = d[:, None, None] + n[None, None, :] * D
-    in_state = in_d[:, None, None] & (n < N)[None, None, :]
-    A = tl.load(A_ptr + state, mask=in_state, other=0.0) * LOG2E
-    if HAS_D:
-        skip = tl.load(D_ptr + d, mask=in_d, other=0.0).to(tl.float32)[:, None]
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + d, mask=in_d, other=0.0).to(tl.float32)[:, None]
     start = segment.to(tl.int64) * length
     stop = tl.minimum(length, T - start).to(tl.int32)
     x_ptr += b * x_b + start * x_t
     dt_ptr += b * dt_b + start * dt_t
+    z_ptr += b * z_b + start * z_t
     B_ptr += b * B_b + start * B_t
     C_ptr += b * C_b + start * C_t
     y_ptr += (b * T + start) * D
     chunk_ptr += (b * tl.cdiv(T, CHUNK) + start // CHUNK) * D * N
-    x_tile = d[:, None] + t[None, :] * x_t
-    dt_tile = d[:, None] + t[None, :] * dt_t
-    B_tile = t[:, None] * B_t + n[None, :]
-    C_tile = t[:, None] * C_t + n[None, :]
-    here = in_d[:, None] & (t < stop)[None, :]
-    in_n = (t < stop)[:, None] & (n < N)[None, :]
-    x_next = tl.load(x_ptr + x_tile, mask=here, other=0.0)
-    dt_next = tl.load(dt_ptr + dt_tile, mask=here, other=0.0)
-    B_next = tl.load(B_ptr + B_tile, mask=in_n, other=0.0)
-    C_next = tl.load(C_ptr + C_tile, mask=in_n, other=0.0)
-    if HAS_Z:
-        z_ptr += b * z_b + start * z_t
-        z_tile = d[:, None] + t[None, :] * z_t
-        z_next = tl.load(z_ptr + z_tile, mask=here, other=0.0)
-    h = tl.zeros((BD, 1, BN), tl.float32)
-    if HAS_STATE:
-        h = tl.load(h0_ptr + b * D * N + state, mask=in_state, other=0.0)
     n_add = tl.num_programs(1) - 1
     adds_ptr += b * n_add * D * N
-    h = _enter(h, A, adds_ptr, total_ptr + b * n_add * D, 0, segment, 1, state, d, D, in_state, in_d, N)
+    h = tl.load(h0_ptr + b * D * N + state, mask=in_state, other=0.0)
+    h = _enter(h, A, adds_ptr, total_ptr + b * n_add * D, 0, segment, 1, state, d, D, in_state, N)
+    here = in_d[:, None] & (t < stop)[None, :]
+    in_n = (t < stop)[:, None] & (n < N)[None, :]
+    x_next, dt_next, z_next, B_next, C_next = _load_tile(
+        x_ptr, dt_ptr, z_ptr, B_ptr, C_ptr, x_t, dt_t, z_t, B_t, C_t, d, t, n, here, in_n, HAS_Z
+    )
     for t0 in range(0, stop, TT):
         if SAVE:
             if t0 % CHUNK == 0:
                 tl.store(chunk_ptr + state, h.to(chunk_ptr.dtype.element_ty), mask=in_state)
                 chunk_ptr += D * N
-        x = x_next.to(tl.float32)
-        dt = dt_next.to(tl.float32)
-        Bt = tl.broadcast_to(_pin(B_next, 0)[None, :, :], (BD, TT, BN))
-        Ct = tl.broadcast_to(_pin(C_next, 0)[None, :, :], (BD, TT, BN))
-        if HAS_Z:
-            z = z_next.to(tl.float32)
+        x, dt, z = x_next.to(tl.float32), dt_next.to(tl.float32), z_next.to(tl.float32)
+        Bt, Ct = _spread(B_next, BD), _spread(C_next, BD)
         # The next tile's loads go out before this tile's arithmetic.
         x_ptr += TT * x_t
         dt_ptr += TT * dt_t
+        z_ptr += TT * z_t
         B_ptr += TT * B_t
         C_ptr += TT * C_t
         here = in_d[:, None] & (t0 + TT + t < stop)[None, :]
         in_n = (t0 + TT + t < stop)[:, None] & (n < N)[None, :]
-        x_next = tl.load(x_ptr + x_tile, mask=here, other=0.0)
-        dt_next = tl.load(dt_ptr + dt_tile, mask=here, other=0.0)
-        B_next = tl.load(B_ptr + B_tile, mask=in_n, other=0.0)
-        C_next = tl.load(C_ptr + C_tile, mask=in_n, other=0.0)
-        if HAS_Z:
-            z_ptr += TT * z_t
-            z_next = tl.load(z_ptr + z_tile, mask=here, other=0.0)
+        x_next, dt_next, z_next, B_next, C_next = _load_tile(
+            x_ptr, dt_ptr, z_ptr, B_ptr, C_ptr, x_t, dt_t, z_t, B_t, C_t, d, t, n, here, in_n, HAS_Z
+        )
 
         here = in_d[:, None] & (t0 + t < stop)[None, :]
-        if HAS_BIAS:
-            dt += bias
-        dt = tl.where(here, _softplus(dt), 0.0)  # past the end dt = 0: the state stands still
+        dt = tl.where(here, _softplus(dt + bias), 0.0)  # past the end dt = 0: the state stands still
         u_p = _pin(dt * x, 1)[:, :, None]
         dt_p = _pin(dt, 1)[:, :, None]
         y = tl.zeros((BD, TT), tl.float32)
         for j in tl.static_range(TT):
             h = tl.exp2(_token(dt_p, j) * A) * h + _token(u_p, j) * _token(Bt, j)
             y = tl.where((t == j)[None, :], tl.sum(h * _token(Ct, j), 2), y)
-        if HAS_D:
-            y += skip * x
+        y += skip * x
         if HAS_Z:
             y *= z * _sigmoid(z)
         tl.store(y_ptr + d[:, None] + t[None, :] * D, y.to(y_ptr.dtype.element_ty), mask=here)
@@ -272,7 +266,7 @@ def scan_backward_kernel(
     dx_ptr, ddt_ptr, dz_ptr, dB_ptr, dC_ptr, dA_ptr, dD_ptr, dbias_ptr, dh0_ptr,
     T, D, length, x_b, x_t, dt_b, dt_t, B_b, B_t, C_b, C_t, z_b, z_t, dy_b, dy_t,
     N: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, TT: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr,
-    HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DSTATE: tl.constexpr,
+    HAS_Z: tl.constexpr,
 ):  # fmt: skip
     """All gradients, walking T backwards. With a_t = exp(dt_t A), u_t = dt_t x_t, dout_t = dy_t silu(z_t):
 
@@ -282,106 +276,72 @@ def scan_backward_kernel(
         dx_t = dt_t du_t + D dout_t   dz_t = dy_t (C_t . h_t + D x_t) silu'(z_t)
 
     Nothing of size (B, T, D, N) is stored: h restarts from the saved state of its chunk (one or two tiles) and stays in
-    registers for one tile. Grid (D / BD, segments, B), one warp each. The limit is no longer exp2 but the sums across
-    lanes: 4.5 shuffles per (token, channel, state), beside some 20 multiply-adds. dB and dC are sums over the program's
-    BD channels, added over programs afterwards, as are dA, dD and dbias over segments and batch.
+    registers for one tile. Grid (D / BD, segments, B), one warp each. The limit is no longer exp2 but instructions: 40
+    a (token, channel, state), of which 18 multiply-adds, 4.5 shuffles and as many additions for the sums across lanes,
+    at 8 warps a multiprocessor, as each thread needs all registers there are. dB and dC are sums over the program's BD
+    channels, added over programs afterwards, as are dA, dD and dbias over segments and batch.
     """
-    d = tl.program_id(0) * BD + tl.max_contiguous(tl.arange(0, BD), K)
+    d, t, n, in_d, state, in_state, A = _own(A_ptr, D, N, BN, BD, TT, K)
+    skip = _per_channel(D_ptr, d, D)
+    bias = _per_channel(bias_ptr, d, D)
     segment = tl.program_id(1)
     n_segment = tl.num_programs(1)
     b = tl.program_id(2).to(tl.int64)
-    t = tl.arange(0, TT)
-    n = tl.arange(0, BN)
-    in_d = d < D
-    state = d[:, None, None] + n[None, None, :] * D
-    in_state = in_d[:, None, None] & (n < N)[None, None, :]
-    A = tl.load(A_ptr + state, mask=in_state, other=0.0) * LOG2E
-    if HAS_D:
-        skip = tl.load(D_ptr + d, mask=in_d, other=0.0).to(tl.float32)[:, None]
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + d, mask=in_d, other=0.0).to(tl.float32)[:, None]
-    x_ptr += b * x_b
-    dt_ptr += b * dt_b
-    B_ptr += b * B_b
-    C_ptr += b * C_b
-    dy_ptr += b * dy_b
+    start = segment.to(tl.int64) * length
+    n_tile = tl.cdiv(tl.minimum(length, T - start), TT)
+    t0 = start + (n_tile - 1) * TT
+    x_ptr += b * x_b + t0 * x_t
+    dt_ptr += b * dt_b + t0 * dt_t
+    z_ptr += b * z_b + t0 * z_t
+    B_ptr += b * B_b + t0 * B_t
+    C_ptr += b * C_b + t0 * C_t
+    dy_ptr += b * dy_b + t0 * dy_t
     dx_ptr += b * T * D
     ddt_ptr += b * T * D
-    if HAS_Z:
-        z_ptr += b * z_b
-        dz_ptr += b * T * D
+    dz_ptr += b * T * D
     dB_ptr += (tl.program_id(0) * tl.num_programs(2) + b) * T * N
     dC_ptr += (tl.program_id(0) * tl.num_programs(2) + b) * T * N
     chunk_ptr += b * tl.cdiv(T, CHUNK) * D * N
-    dh = tl.zeros((BD, 1, BN), tl.float32)
-    if HAS_DSTATE:
-        dh = tl.load(dhT_ptr + b * D * N + d[:, None, None] * N + n[None, None, :], mask=in_state, other=0.0)
     adds_ptr += b * n_segment * D * N
-    total_ptr += b * n_segment * D
-    dh = _enter(dh, A, adds_ptr, total_ptr, n_segment - 1, segment, -1, state, d, D, in_state, in_d, N)
+    dh = tl.load(dhT_ptr + b * D * N + d[:, None, None] * N + n[None, None, :], mask=in_state, other=0.0)
+    dh = _enter(
+        dh, A, adds_ptr, total_ptr + b * n_segment * D, n_segment - 1, segment, -1, state, d, D, in_state, N
+    )  # fmt: skip
     dA = tl.zeros((BD, 1, BN), tl.float32)
     dD = tl.zeros((BD, TT), tl.float32)
     dbias = tl.zeros((BD, TT), tl.float32)
-    start = segment.to(tl.int64) * length
-    n_tile = tl.cdiv(tl.minimum(length, T - start), TT)
     # As in the forward kernel, the next tile's loads go out before this tile's arithmetic.
-    t0 = start + (n_tile - 1) * TT
-    x_ptr += t0 * x_t
-    dt_ptr += t0 * dt_t
-    dy_ptr += t0 * dy_t
-    B_ptr += t0 * B_t
-    C_ptr += t0 * C_t
-    x_tile = d[:, None] + t[None, :] * x_t
-    dt_tile = d[:, None] + t[None, :] * dt_t
-    dy_tile = d[:, None] + t[None, :] * dy_t
-    B_tile = t[:, None] * B_t + n[None, :]
-    C_tile = t[:, None] * C_t + n[None, :]
     here = in_d[:, None] & (t0 + t < T)[None, :]
     in_n = (t0 + t < T)[:, None] & (n < N)[None, :]
-    x_next = tl.load(x_ptr + x_tile, mask=here, other=0.0)
-    dt_next = tl.load(dt_ptr + dt_tile, mask=here, other=0.0)
-    dy_next = tl.load(dy_ptr + dy_tile, mask=here, other=0.0)
-    B_next = tl.load(B_ptr + B_tile, mask=in_n, other=0.0)
-    C_next = tl.load(C_ptr + C_tile, mask=in_n, other=0.0)
-    if HAS_Z:
-        z_ptr += t0 * z_t
-        z_tile = d[:, None] + t[None, :] * z_t
-        z_next = tl.load(z_ptr + z_tile, mask=here, other=0.0)
+    x_next, dt_next, z_next, B_next, C_next = _load_tile(
+        x_ptr, dt_ptr, z_ptr, B_ptr, C_ptr, x_t, dt_t, z_t, B_t, C_t, d, t, n, here, in_n, HAS_Z
+    )
+    dy_next = tl.load(dy_ptr + d[:, None] + t[None, :] * dy_t, mask=here, other=0.0)
     saved = tl.load(chunk_ptr + (t0 // CHUNK) * D * N + state, mask=in_state, other=0.0).to(tl.float32)
     for i in range(0, n_tile):
         t0 = start + (n_tile - 1 - i) * TT
         if t0 % CHUNK == CHUNK - TT:
             saved = tl.load(chunk_ptr + (t0 // CHUNK) * D * N + state, mask=in_state, other=0.0).to(tl.float32)
-        x = x_next.to(tl.float32)
-        dt = dt_next.to(tl.float32)
+        x, dt, z = x_next.to(tl.float32), dt_next.to(tl.float32), z_next.to(tl.float32)
         dy = dy_next.to(tl.float32)
-        Bt = tl.broadcast_to(_pin(B_next, 0)[None, :, :], (BD, TT, BN))
-        Ct = tl.broadcast_to(_pin(C_next, 0)[None, :, :], (BD, TT, BN))
-        if HAS_Z:
-            z = z_next.to(tl.float32)
+        Bt, Ct = _spread(B_next, BD), _spread(C_next, BD)
         x_ptr -= TT * x_t
         dt_ptr -= TT * dt_t
-        dy_ptr -= TT * dy_t
+        z_ptr -= TT * z_t
         B_ptr -= TT * B_t
         C_ptr -= TT * C_t
-        here = in_d[:, None] & (i + 1 < n_tile)
-        in_n = (n < N)[None, :] & (i + 1 < n_tile)
-        x_next = tl.load(x_ptr + x_tile, mask=here, other=0.0)
-        dt_next = tl.load(dt_ptr + dt_tile, mask=here, other=0.0)
-        dy_next = tl.load(dy_ptr + dy_tile, mask=here, other=0.0)
-        B_next = tl.load(B_ptr + B_tile, mask=in_n, other=0.0)
-        C_next = tl.load(C_ptr + C_tile, mask=in_n, other=0.0)
-        if HAS_Z:
-            z_ptr -= TT * z_t
-            z_next = tl.load(z_ptr + z_tile, mask=here, other=0.0)
+        dy_ptr -= TT * dy_t
+        here = in_d[:, None] & (t >= 0)[None, :] & (i + 1 < n_tile)
+        in_n = (t >= 0)[:, None] & (n < N)[None, :] & (i + 1 < n_tile)
+        x_next, dt_next, z_next, B_next, C_next = _load_tile(
+            x_ptr, dt_ptr, z_ptr, B_ptr, C_ptr, x_t, dt_t, z_t, B_t, C_t, d, t, n, here, in_n, HAS_Z
+        )
+        dy_next = tl.load(dy_ptr + d[:, None] + t[None, :] * dy_t, mask=here, other=0.0)
         h = saved
         if CHUNK > TT:
             if t0 % CHUNK != 0:  # the chunk's second tile: the saved state, advanced over the first
-                dts = dt_next.to(tl.float32)
-                if HAS_BIAS:
-                    dts += bias
-                dts = tl.where(in_d[:, None], _softplus(dts), 0.0)
-                Bs = tl.broadcast_to(_pin(B_next, 0)[None, :, :], (BD, TT, BN))
+                dts = tl.where(in_d[:, None], _softplus(dt_next.to(tl.float32) + bias), 0.0)
+                Bs = _spread(B_next, BD)
                 us_p = _pin(dts * x_next.to(tl.float32), 1)[:, :, None]
                 dts_p = _pin(dts, 1)[:, :, None]
                 for j in tl.static_range(TT):
@@ -389,8 +349,7 @@ def scan_backward_kernel(
 
         here = in_d[:, None] & (t0 + t < T)[None, :]
         in_n = (t0 + t < T)[:, None] & (n < N)[None, :]
-        if HAS_BIAS:
-            dt += bias
+        dt += bias
         dsoftplus = tl.where(here, _sigmoid(dt), 0.0)
         dt = tl.where(here, _softplus(dt), 0.0)
         dout = dy
@@ -427,26 +386,20 @@ def scan_backward_kernel(
         part = t0 * N + t[:, None] * N + n[None, :]
         tl.store(dC_ptr + part, dC.to(dC_ptr.dtype.element_ty), mask=in_n)
         tl.store(dB_ptr + part, dB.to(dB_ptr.dtype.element_ty), mask=in_n)
-        dx = du * dt
+        dx = du * dt + skip * dout
         ddt = (ddt * LN2 + du * x) * dsoftplus
+        dD += dout * x
+        dbias += ddt
+        tile = t0 * D + d[:, None] + t[None, :] * D
         if HAS_Z:
-            if HAS_D:
-                y += skip * x
-            dz = dy * y * sig * (1.0 + z * (1.0 - sig))
-            tl.store(dz_ptr + t0 * D + d[:, None] + t[None, :] * D, dz.to(dz_ptr.dtype.element_ty), mask=here)
-        if HAS_D:
-            dx += skip * dout
-            dD += dout * x
-        if HAS_BIAS:
-            dbias += ddt
-        tl.store(dx_ptr + t0 * D + d[:, None] + t[None, :] * D, dx.to(dx_ptr.dtype.element_ty), mask=here)
-        tl.store(ddt_ptr + t0 * D + d[:, None] + t[None, :] * D, ddt.to(ddt_ptr.dtype.element_ty), mask=here)
+            dz = dy * (y + skip * x) * sig * (1.0 + z * (1.0 - sig))
+            tl.store(dz_ptr + tile, dz.to(dz_ptr.dtype.element_ty), mask=here)
+        tl.store(dx_ptr + tile, dx.to(dx_ptr.dtype.element_ty), mask=here)
+        tl.store(ddt_ptr + tile, ddt.to(ddt_ptr.dtype.element_ty), mask=here)
     row = b * n_segment + segment
     tl.store(dA_ptr + row * D * N + d[:, None, None] * N + n[None, None, :], dA, mask=in_state)
-    if HAS_D:
-        tl.store(dD_ptr + row * D + d, tl.sum(dD, 1), mask=in_d)
-    if HAS_BIAS:
-        tl.store(dbias_ptr + row * D + d, tl.sum(dbias, 1), mask=in_d)
+    tl.store(dD_ptr + row * D + d, tl.sum(dD, 1), mask=in_d)
+    tl.store(dbias_ptr + row * D + d, tl.sum(dbias, 1), mask=in_d)
     if segment == 0:
         tl.store(dh0_ptr + b * D * N + d[:, None, None] * N + n[None, None, :], dh, mask=in_state)
 
@@ -497,7 +450,7 @@ def _segments(n_program: int, t: int) -> tuple[int, int]:
 
 
 def _strides(*tensors):
-    return [s for x in tensors for s in ((0, 0) if x is None else x.stride()[:2])]
+    return [s for x in tensors for s in x.stride()[:2]]
 
 
 @torch.library.custom_op("hymba::selective_scan", mutates_args=())
@@ -513,21 +466,21 @@ def _scan_forward(
     chunks = torch.empty(b, triton.cdiv(t, CHUNK) if save else 0, n, d, dtype=_memory_dtype(x), device=x.device)
     x, dt, B, C, z = map(_rows, (x, dt, B, C, z))
     A = A.t().contiguous()  # (N, D): channels contiguous here too
-    state = None if state is None else state.transpose(1, 2).contiguous()
+    state = torch.zeros(b, n, d, **f32) if state is None else state.transpose(1, 2).contiguous()
+    D, dt_bias = (torch.zeros(d, **f32) if u is None else u for u in (D, dt_bias))
+    gate, has_z = (x, False) if z is None else (z, True)
     tile = _tiles(n, 2, 8, 8)
     n_block = triton.cdiv(d, tile["BD"])
     n_segment, length = _segments(b * n_block, t)
     adds, total = torch.empty(b, n_segment - 1, n, d, **f32), torch.empty(b, n_segment - 1, d, **f32)
-    flags = dict(HAS_BIAS=dt_bias is not None)
     if n_segment > 1:
-        stile = _tiles(n, 2, 8, 4)
-        scan_segment_kernel[(triton.cdiv(d, stile["BD"]), n_segment - 1, b)](
-            x, dt, A, B, None, dt_bias, adds, total, t, d, length, *_strides(x, dt, B, None),
-            HAS_Z=False, REVERSE=False, **flags, **stile,
+        scan_segment_kernel[(n_block, n_segment - 1, b)](
+            x, dt, A, B, x, dt_bias, adds, total, t, d, length, *_strides(x, dt, B, x),
+            HAS_Z=False, REVERSE=False, **_tiles(n, 2, 8, 4),
         )  # fmt: skip
     scan_forward_kernel[(n_block, n_segment, b)](
-        x, dt, A, B, C, D, z, dt_bias, state, adds, total, y, last, chunks, t, d, length, *_strides(x, dt, B, C, z),
-        CHUNK=CHUNK, HAS_D=D is not None, HAS_Z=z is not None, HAS_STATE=state is not None, SAVE=save, **flags, **tile,
+        x, dt, A, B, C, D, gate, dt_bias, state, adds, total, y, last, chunks,
+        t, d, length, *_strides(x, dt, B, C, gate), CHUNK=CHUNK, HAS_Z=has_z, SAVE=save, **tile,
     )  # fmt: skip
     return y, last, chunks
 
@@ -552,27 +505,28 @@ def _scan_backward(
     f32 = dict(dtype=torch.float32, device=x.device)
     x, dt, B, C, z, dy = map(_rows, (x, dt, B, C, z, dy))
     A = A.t().contiguous()
+    dlast = torch.zeros(b, d, n, **f32) if dlast is None else dlast.contiguous()
+    skip, bias = (torch.zeros(d, **f32) if u is None else u for u in (D, dt_bias))
+    gate, has_z = (x, False) if z is None else (z, True)
     tile = _tiles(n, 2, 8, 4)
     n_block = triton.cdiv(d, tile["BD"])
     n_segment, length = _segments(b * n_block, t)
     adds, total = torch.empty(b, n_segment, n, d, **f32), torch.empty(b, n_segment, d, **f32)
-    flags = dict(HAS_BIAS=dt_bias is not None, HAS_Z=z is not None)
     if n_segment > 1:
-        stile = _tiles(n, 2, 8, 4)
-        scan_segment_kernel[(triton.cdiv(d, stile["BD"]), n_segment, b)](
-            dy, dt, A, C, z, dt_bias, adds, total, t, d, length, *_strides(dy, dt, C, z),
-            REVERSE=True, **flags, **stile,
+        scan_segment_kernel[(n_block, n_segment, b)](
+            dy, dt, A, C, gate, bias, adds, total, t, d, length, *_strides(dy, dt, C, gate),
+            HAS_Z=has_z, REVERSE=True, **tile,
         )  # fmt: skip
     dx, ddt = x.new_empty(b, t, d), dt.new_empty(b, t, d)
-    dz = None if z is None else z.new_empty(b, t, d)
+    dz = z.new_empty(b, t, d) if has_z else dx
     dB, dC = torch.empty(2, n_block, b, t, n, dtype=chunks.dtype, device=x.device)  # of each program
     dA = torch.empty(b, n_segment, d, n, **f32)
     dD, dbias = torch.empty(2, b, n_segment, d, **f32)
     dstate = torch.empty(b, d, n, **f32)
     scan_backward_kernel[(n_block, n_segment, b)](
-        x, dt, A, B, C, D, z, dt_bias, chunks, dy, None if dlast is None else dlast.contiguous(), adds, total,
-        dx, ddt, dz, dB, dC, dA, dD, dbias, dstate, t, d, length, *_strides(x, dt, B, C, z, dy),
-        CHUNK=CHUNK, HAS_D=D is not None, HAS_DSTATE=dlast is not None, **flags, **tile,
+        x, dt, A, B, C, skip, gate, bias, chunks, dy, dlast, adds, total,
+        dx, ddt, dz, dB, dC, dA, dD, dbias, dstate, t, d, length, *_strides(x, dt, B, C, gate, dy),
+        CHUNK=CHUNK, HAS_Z=has_z, **tile,
     )  # fmt: skip
     grads = [dx, ddt, dA.sum((0, 1)), dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype)]
     grads.append(x.new_empty(0) if D is None else dD.sum((0, 1)).to(D.dtype))
