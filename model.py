@@ -947,15 +947,17 @@ class Hymba(nn.Module):
         keeps the k likeliest tokens, top_p the likeliest that together reach probability p. Row i draws from its own
         stream of random numbers, (seed, first_row + i): what else is in the batch does not change it.
 
-        With a cache of one row (from new_cache), the one prompt continues it. However the iteration ends, the cache
-        has then seen the prompt and all tokens that were yielded but the last.
+        With a cache of one row (from new_cache), the one prompt continues it. The cache has then seen the prompt and
+        all tokens that were yielded but the last; where a token in `stop` ended the iteration, the last one, too.
         """
         if not prompts or not all(len(p) for p in prompts):
             raise ValueError("every prompt needs at least one token: begin an empty one with the end-of-text token")
         if bad := [t for p in prompts for t in p if not 0 <= t < self.config.vocab_size]:
             raise ValueError(f"token {bad[0]} is outside of the vocabulary of {self.config.vocab_size}")
-        if temperature < 0 or (top_k is not None and top_k < 1) or not (top_p is None or 0 < top_p <= 1):
+        if not temperature >= 0 or (top_k is not None and top_k < 1) or not (top_p is None or 0 < top_p <= 1):
             raise ValueError(f"temperature={temperature}, top_k={top_k}, top_p={top_p}: use >= 0, >= 1, and 0 < p <= 1")
+        if max_new_tokens is not None and max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens={max_new_tokens}: must be 0 or more, or None for no limit")
         if cache is not None and not len(prompts) == len(cache.pos) == 1:
             raise ValueError(f"{len(prompts)} prompts, {len(cache.pos)} cache rows: only one prompt continues one row")
         device = self.embed.weight.device

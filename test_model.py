@@ -1294,6 +1294,15 @@ def test_a_cache_that_generate_left_early():
     assert error(logits[0, -1], full[0, -1]) < 1e-5
 
 
+def test_a_cache_after_a_stop_token_has_seen_all_that_was_yielded():
+    model, prompt = small("HhM"), tokens(9).tolist()
+    free = [t for (t,) in model.generate([prompt], 9, temperature=0)]
+    for stop in set(free):
+        cache = model.new_cache(1, 4)
+        answer = [t for (t,) in model.generate([prompt], 20, temperature=0, stop=stop, cache=cache)]
+        assert answer == free[: free.index(stop)] and cache.pos.tolist() == [5 + 9 + len(answer)]
+
+
 def test_steps_across_a_doubling_of_the_buffers():
     model = small("TH")
     cache = model.new_cache(2, 6)
@@ -1387,8 +1396,11 @@ def test_generate_stops_and_samples():
             next(model.generate(bad))
     with pytest.raises(ValueError, match="token 61 is outside of the vocabulary of 61"):
         next(model.generate([[61]]))
-    with pytest.raises(ValueError, match="temperature=-1"):
-        next(model.generate([[1]], temperature=-1))
+    for bad in (-1, math.nan):
+        with pytest.raises(ValueError, match=f"temperature={bad}"):
+            next(model.generate([[1]], temperature=bad))
+    with pytest.raises(ValueError, match="max_new_tokens=-1: must be 0 or more"):
+        next(model.generate([[1]], -1))
 
 
 @pytest.mark.parametrize("pattern", MIXED + ["TTT", "MMM"])
