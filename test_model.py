@@ -439,6 +439,28 @@ def test_step_kernels(N, K, norm, dtype, device, poisoned):
 
 
 @on_device
+def test_scan_step_of_a_model_that_is_float16_throughout(device, poisoned):
+    """model.half() takes A_log, D and dt_bias along: their values are rounded, what follows is not."""
+    g = torch.Generator().manual_seed(0)
+    r = lambda *shape: torch.randn(*shape, generator=g).to(device)  # noqa: E731
+    x, dt, BC, proj, (A_log, D, dt_bias) = r(2, 1, 42), r(2, 1, 42), r(2, 1, 10), r(2, 1, 84), (r(42, 5), r(42), r(42))
+    outputs = []
+    for dtype in (torch.float32, torch.float16):
+        state = torch.ones(2, 42, 5, device=device)
+        A, skip, bias = (u.half().to(dtype) for u in (A_log, D, dt_bias))
+        outputs.append((kernels.scan_step(x, dt, A, BC, skip, proj, bias, state, None, None, 1e-6), state))
+    assert all(error(a, b) < 1e-6 for a, b in zip(*outputs, strict=True))
+
+
+@on_device
+def test_float64_uses_the_reference(device):
+    a, b = (small("hHMtT", n_head=2, n_kv_head=1, kernels=on).double().to(device) for on in (True, False))
+    idx = tokens(1, 9).to(device)
+    assert torch.equal(a(idx, idx)[1], b(idx, idx)[1])
+    assert list(a.generate([[1, 2], [3]], 4, seed=1)) == list(b.generate([[1, 2], [3]], 4, seed=1))
+
+
+@on_device
 @pytest.mark.parametrize("pattern", ["hH", "Mt"])
 def test_model_with_kernels_equals_model_without(pattern, device, poisoned):
     fast, slow = (small(pattern, n_head=2, n_kv_head=1, kernels=on).to(device) for on in (True, False))
