@@ -1796,7 +1796,7 @@ def test_sample_file(tmp_path, capsys):
     model = Hymba(HymbaConfig(**(SMALL | dict(pattern="hM", vocab_size=320))))
     model.save_pretrained(tmp_path / "model", tokenizer="bytes")
     file = tmp_path / "prompts.txt"
-    prompts = ["one", "a longer prompt", "two \u00e9", "four", "five"]
+    prompts = ["one", "a longer prompt", "two \u00e9", "form\x0cfeed", "\u2028five"]
     file.write_text("\n".join(prompts) + "\n\n", encoding="utf-8")
     flags = [f"--init_from={tmp_path / 'model'}", "--device=cpu", "--max_new_tokens=12", f"--file={file}"]
     outputs = []
@@ -1833,6 +1833,23 @@ def test_jsonl_lines_come_as_soon_as_they_can():
         patch.setattr("builtins.print", lambda line, **_: printed.append(json.loads(line)["text"]))
         sample.write_jsonl(Fixed(), tokenizer, list("wxyz"), 8, 9)
     assert printed == [None] * 4 + ["aaa", "a", "aa", None, "aaaaa"]
+
+
+def test_jsonl_text_continues_the_prompt(capsys):
+    """A word's first token, decoded alone, would lose the blank before it."""
+    tokenizers = pytest.importorskip("tokenizers", reason="pip install -r requirements-dev.txt")
+    decoders = tokenizers.decoders
+    words = tokenizers.Tokenizer(tokenizers.models.BPE({"▁the": 0, "▁fox": 1, "es": 2}, []))
+    words.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer = types.SimpleNamespace(n_vocab=3, eot_token=9, decode=words.decode, encode_ordinary=lambda text: [0])
+
+    class Fixed:
+        def generate(self, prompts, max_new_tokens, stop, first_row):
+            yield from ([1, 0], [2, None], [7, None])  # 7: beyond the tokenizer's vocabulary
+
+    sample.write_jsonl(Fixed(), tokenizer, ["the", "the"], 8, 9)
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["prompt"] + row["text"] for row in rows] == ["the foxes", "the the"]
 
 
 def test_bench_counts_a_step_s_bytes():
