@@ -900,7 +900,8 @@ class Hymba(nn.Module):
         load_state_dict do, are noticed and run them again.
         """
         device, dtype = self.embed.weight.device, compute_dtype(self.embed.weight)
-        stamp = [str(self.config), dtype, [(p.data_ptr(), p._version) for p in self.parameters()]]
+        weights = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.parameters()]
+        stamp = [str(self.config), dtype, weights]
         if self._meta_cache is None or self._meta_cache[0] != stamp:
             once = Cache(self.config, 1, 0, dtype, device)
             if self.meta is not None:

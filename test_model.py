@@ -688,6 +688,14 @@ def count(f, calls: list):
     return counted
 
 
+def test_a_model_made_in_inference_mode_generates():
+    with torch.inference_mode():
+        model = small("hM")
+        expected = list(model.generate([[1, 2], [3]], 5, temperature=0))
+    assert list(model.generate([[1, 2], [3]], 5, temperature=0)) == expected
+    assert list(small("hM").generate([[1, 2], [3]], 5, temperature=0)) == expected
+
+
 def test_window_size_counts_the_query():
     """A window of 1 without meta tokens sees the token alone: permuting the past changes nothing."""
     model = small("t", n_meta=0, window=1)
