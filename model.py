@@ -984,8 +984,8 @@ class Hymba(nn.Module):
             return sample_token(logits, temperature, top_k, top_p, (seed, row, cache.pos))
 
         row = torch.tensor(rows, device=device) + first_row
-        tokens = draw(torch.cat(last), cache, row)
-        decoder = Decoder(self, cache, tokens, row, draw)
+        decoder = Decoder(self, cache, draw(torch.cat(last), cache, row), row, draw)
+        del cache, part, last, x  # what the decoder leaves behind as its cache grows is free
         ends = {stop} if isinstance(stop, int) else set(stop or ())
         step, going, cuda = 0, set(rows), device.type == "cuda"
         while max_new_tokens is None or step < max_new_tokens:

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 import types
+import weakref
 from dataclasses import asdict
 from pathlib import Path
 
@@ -1347,6 +1348,16 @@ def test_steps_across_a_doubling_of_the_buffers():
         capacities.append(cache.capacity)
     assert sorted(set(capacities)) == [6, 12, 24, 48] and cache.nbytes == 2 * model.cache_bytes(48, torch.float32)
     assert seen == list(model.generate([[3], [5]], 30, temperature=0))
+
+
+def test_a_cache_that_has_grown_frees_the_old_buffers(monkeypatch):
+    model, caches, plain = small("T", n_meta=0), weakref.WeakSet(), Cache.map
+    monkeypatch.setattr(Cache, "map", lambda cache, f: (caches.add(new := plain(cache, f)), new)[1])
+    steps = model.generate([[1, 2], [3]], None)
+    for _ in range(300):
+        next(steps)
+    held = {u.untyped_storage().data_ptr(): u.untyped_storage().nbytes() for c in caches for u in c.kv[0]}
+    assert sum(held.values()) == 2 * model.cache_bytes(2 * (2 + 256), torch.float32)
 
 
 def test_cast_keeps_what_must_be_float32():
