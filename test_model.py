@@ -1890,6 +1890,16 @@ def test_bench_counts_a_step_s_bytes():
     assert {"ms_per_step", "tokens_per_s"} < set(row)
 
 
+def test_bench_plot_says_what_it_cannot_show(tmp_path):
+    pytest.importorskip("matplotlib", reason="pip install -r requirements-dev.txt")
+    import bench
+
+    for what, message in [("decode", "no picture of decode"), ("sweep", "has no results")]:
+        (tmp_path / "x.json").write_text(json.dumps({"what": what, "device": "", "rows": []}))
+        with pytest.raises(ValueError, match=message):
+            bench.plot([str(tmp_path / "x.json")])
+
+
 def test_streaming_holds_back_half_characters(capsys):
     tokenizer = prepare.load_tokenizer("bytes", ".")
 
