@@ -991,7 +991,7 @@ class Hymba(nn.Module):
         while max_new_tokens is None or step < max_new_tokens:
             step += 1
             drawn = decoder.tokens.to("cpu", non_blocking=cuda, copy=True)
-            arrived = cuda and torch.cuda.current_stream().record_event()
+            arrived = cuda and torch.cuda.current_stream(device).record_event()
             if ahead and step != max_new_tokens:  # the next step runs while the host reads this one's tokens
                 decoder.step()
             if arrived:

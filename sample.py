@@ -225,11 +225,16 @@ def write_jsonl(
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device called name, or the best there is: cuda, mps, cpu. ValueError if this machine has none called so."""
+    """The device called name, or the best there is: cuda, mps, cpu. ValueError if this machine has none called so.
+
+    A GPU called by its number becomes the current one: kernels, streams and CUDA graphs go there.
+    """
     auto = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name or auto)
         torch.zeros(1, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError):
         raise ValueError(f"device={name}: there is none here; leave it out or use {auto}") from None
     return device

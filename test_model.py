@@ -1837,6 +1837,16 @@ def test_sample_file(tmp_path, capsys):
         sample.main([*flags, "--batch_size=0"])
 
 
+def test_a_gpu_called_by_its_number_becomes_the_current_one(monkeypatch):
+    """Triton launches on the current one, wherever the tensors are, and torch.cuda.graph captures its streams."""
+    current = []
+    monkeypatch.setattr(torch, "zeros", lambda n, device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    for name in ("cpu", "cuda", "cuda:1"):
+        assert sample.pick_device(name) == torch.device(name)
+    assert current == [torch.device("cuda:1")]
+
+
 def test_jsonl_lines_come_as_soon_as_they_can():
     """Rows end in the order 1, 2, 0, 3: nothing is written before row 0 has ended, then three lines at once."""
     tokenizer, printed = prepare.load_tokenizer("bytes", "."), []
