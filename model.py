@@ -410,7 +410,7 @@ class HybridHeads(nn.Module):
     def __init__(self, config: HymbaConfig, layer: int):
         super().__init__()
         letter, C, D = config.pattern[layer], config.n_embd, config.d_inner
-        self.layer, self.n_meta = layer, config.n_meta
+        self.n_meta = config.n_meta
         self.fusion, self.eps = config.fusion, config.norm_eps
         self.has_attn, self.has_ssm = letter != "M", letter in "MHh"
         self.window = config.window if letter in "th" else None

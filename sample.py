@@ -265,6 +265,8 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"{args.file} is empty: write one prompt a line")
         if args.batch_size < 1 or args.prompt or args.n_samples > 1 or args.chat:
             raise ValueError("--file goes with a --batch_size of 1 or more, without --prompt, --n_samples and --chat")
+    if args.chat and (args.prompt or args.n_samples > 1):
+        raise ValueError("--chat goes without --prompt and --n_samples: it asks for what to answer")
     runs = sorted(Path("out").glob("*/*/model.safetensors"), key=lambda f: f.stat().st_mtime)
     if not args.init_from and not runs:
         raise ValueError("no checkpoint under out/: run python train.py first, or pass --init_from=FOLDER")

@@ -2052,6 +2052,8 @@ def test_chat_template_against_transformers(tmp_path):
 def test_chat_and_tokenizer_errors(tmp_path, monkeypatch):
     folder = write_chat_model(tmp_path)
     args = [f"--init_from={folder}", "--chat", "--device=cpu"]
+    with pytest.raises(ValueError, match="--chat goes without --prompt and --n_samples"):
+        sample.main([*args, "--prompt=Hello"])
     monkeypatch.setattr(Hymba, "from_pretrained", lambda *args, **options: pytest.fail("it began to load the weights"))
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     for template, message in [
