@@ -1131,6 +1131,15 @@ def test_released_files_missing_or_corrupt(tmp_path):
         Hymba.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("text", ["", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 1}}'])
+def test_corrupt_index_of_shards(text, tmp_path):
+    small("M").save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match="model.safetensors.index.json is corrupt"):
+        Hymba.from_pretrained(tmp_path)
+
+
 def test_released_names_on_the_hub(tmp_path, monkeypatch):
     write_released(tmp_path, MAMBA_JSON)
     asked = []
