@@ -15,7 +15,7 @@ Speed and memory, ours beside the peers that are installed: python bench.py WHAT
     roadmap     the paper's Table 1 as flags of one model (Hymba-350M's sizes): cache and decode speed beside the
                 paper's, as ratios to attention heads only
     sweep       decode speed against cache bytes of patterns T, t, M and Hymba's, from 1k to 128k tokens
-    plot FILE...  pictures of the results that --json wrote: bench_scan.png, and so on
+    plot FILE...  pictures of what --json wrote of scan, attention, train and sweep: bench_scan.png, and so on
 
 Floors are what the hardware cannot beat: for the scan one exponential for each token, channel and state on the special
 function units, and reading and writing each input and output once at copy bandwidth, whichever is slower; for
@@ -565,6 +565,10 @@ def plot(files: list[str]) -> None:
         raise ValueError("plot needs matplotlib: pip install matplotlib") from None
     for file in files:
         result = json.loads(Path(file).read_text())
+        if result["what"] not in ("scan", "attention", "train", "sweep"):
+            raise ValueError(f"{file}: no picture of {result['what']}, only of scan, attention, train and sweep")
+        if not result["rows"]:
+            raise ValueError(f"{file} has no results to plot")
         if result["what"] == "sweep":
             fig, ax = plt.subplots(figsize=(7, 4.5))
             for name in dict.fromkeys(r["name"] for r in result["rows"]):
@@ -578,8 +582,6 @@ def plot(files: list[str]) -> None:
             print("wrote bench_sweep.png")
             continue
         what, rows = result["what"], result["rows"]
-        if not rows:
-            raise ValueError(f"{file} has no results to plot")
         keys = ("tokens_per_s", "peak_gib") if what == "train" else ("fwd", "bwd")
         fig, axes = plt.subplots(1, 2, figsize=(10, 4))
         lines = dict.fromkeys((r["name"], r.get("mask", "")) for r in rows)
@@ -672,5 +674,5 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except ValueError as e:
+    except (ValueError, OSError) as e:
         sys.exit(f"bench.py: {e}")

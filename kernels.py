@@ -26,8 +26,10 @@ INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")  # kern
 
 
 def usable(x: Tensor) -> bool:
-    """Whether the kernels run on x's device: Hopper or later (they load through its tensor memory accelerator)."""
-    return INTERPRET.value or (x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0))
+    """Whether the kernels run on x: not in float64, and on Hopper or later (they load through its tensor memory
+    accelerator)."""
+    there = INTERPRET.value or (x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0))
+    return there and x.dtype != torch.float64
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1420,11 +1422,11 @@ def scan_step_kernel(x, dt, A_log, BC, D_skip, z, bias, state, B_scale, C_scale,
     here = in_d[:, None] & (n < N)[None, :]
     state += b * state_b + d[:, None] * N + n[None, :]
     h = tl.load(state, mask=here, other=0.0)
-    A = -tl.exp2(LOG2E * tl.load(A_log + d[:, None] * N + n[None, :], mask=here, other=0.0))
+    A = -tl.exp2(LOG2E * tl.load(A_log + d[:, None] * N + n[None, :], mask=here, other=0.0).to(tl.float32))
     u = tl.load(x + b * x_b + d, mask=in_d, other=0.0).to(tl.float32)
     gate = tl.load(z + b * z_b + d, mask=in_d, other=0.0).to(tl.float32)
     step = tl.load(dt + b * dt_b + d, mask=in_d, other=0.0).to(tl.float32)
-    step = _softplus(step + tl.load(bias + d, mask=in_d, other=0.0))
+    step = _softplus(step + tl.load(bias + d, mask=in_d, other=0.0).to(tl.float32))
     Bt = tl.load(BC + b * BC_b + n, mask=n < N, other=0.0).to(tl.float32)
     Ct = tl.load(BC + b * BC_b + N + n, mask=n < N, other=0.0).to(tl.float32)
     if NORM:
@@ -1444,7 +1446,7 @@ def scan_step(
     """selective_scan of one token x, dt (B, 1, D) -> y (B, 1, D), with A = -exp(A_log); the state moves on in place.
 
     parameters (B, 1, ...) end with B and C (N each), which are RMS-normalised first where scales (N,) are given; proj
-    (B, 1, ...) ends with z. A_log, D, dt_bias and the state (B, D, N) are float32.
+    (B, 1, ...) ends with z. The state (B, D, N) is float32, as A_log, D and dt_bias should be.
     """
     (b, _, d), n = x.shape, A_log.shape[1]
     y = x.new_empty(b, 1, d)

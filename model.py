@@ -408,7 +408,7 @@ class HybridHeads(nn.Module):
     def __init__(self, config: HymbaConfig, layer: int):
         super().__init__()
         letter, C, D = config.pattern[layer], config.n_embd, config.d_inner
-        self.layer, self.n_meta = layer, config.n_meta
+        self.n_meta = config.n_meta
         self.fusion, self.eps = config.fusion, config.norm_eps
         self.has_attn, self.has_ssm = letter != "M", letter in "MHh"
         self.window = config.window if letter in "th" else None
@@ -755,7 +755,8 @@ class Hymba(nn.Module):
         load_state_dict do, are noticed and run them again.
         """
         device, dtype = self.embed.weight.device, compute_dtype(self.embed.weight)
-        stamp = [str(self.config), dtype, [(p.data_ptr(), p._version) for p in self.parameters()]]
+        weights = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.parameters()]
+        stamp = [str(self.config), dtype, weights]
         if self._meta_cache is None or self._meta_cache[0] != stamp:
             once = Cache(self.config, 1, 0, dtype, device)
             if self.meta is not None:
@@ -802,20 +803,23 @@ class Hymba(nn.Module):
         keeps the k likeliest tokens, top_p the likeliest that together reach probability p. Row i draws from its own
         stream of random numbers, (seed, first_row + i): what else is in the batch does not change it.
 
-        With a cache of one row (from new_cache), the one prompt continues it. However the iteration ends, the cache
-        has then seen the prompt and all tokens that were yielded but the last.
+        With a cache of one row (from new_cache), the one prompt continues it. The cache has then seen the prompt and
+        all tokens that were yielded but the last; where a token in `stop` ended the iteration, the last one, too.
         """
         if not prompts or not all(len(p) for p in prompts):
             raise ValueError("every prompt needs at least one token: begin an empty one with the end-of-text token")
         if bad := [t for p in prompts for t in p if not 0 <= t < self.config.vocab_size]:
             raise ValueError(f"token {bad[0]} is outside of the vocabulary of {self.config.vocab_size}")
-        if temperature < 0 or (top_k is not None and top_k < 1) or not (top_p is None or 0 < top_p <= 1):
+        if not temperature >= 0 or (top_k is not None and top_k < 1) or not (top_p is None or 0 < top_p <= 1):
             raise ValueError(f"temperature={temperature}, top_k={top_k}, top_p={top_p}: use >= 0, >= 1, and 0 < p <= 1")
+        if max_new_tokens is not None and max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens={max_new_tokens}: must be 0 or more, or None for no limit")
         if cache is not None and not len(prompts) == len(cache.pos) == 1:
             raise ValueError(f"{len(prompts)} prompts, {len(cache.pos)} cache rows: only one prompt continues one row")
         device = self.embed.weight.device
         rows = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # the prompt of each row of the batch
-        room, ahead = len(prompts[rows[-1]]) + (256 if max_new_tokens is None else max_new_tokens), cache is None
+        room = len(prompts[rows[-1]]) + (256 if max_new_tokens is None else min(max_new_tokens, 4096))
+        ahead = cache is None
         cache = cache or self.new_cache(len(rows), room)
         cache.reserve(room)
 
@@ -836,14 +840,14 @@ class Hymba(nn.Module):
             return sample_token(logits, temperature, top_k, top_p, (seed, row, cache.pos))
 
         row = torch.tensor(rows, device=device) + first_row
-        tokens = draw(torch.cat(last), cache, row)
-        decoder = Decoder(self, cache, tokens, row, draw)
+        decoder = Decoder(self, cache, draw(torch.cat(last), cache, row), row, draw)
+        del cache, part, last, x  # what the decoder leaves behind as its cache grows is free
         ends = {stop} if isinstance(stop, int) else set(stop or ())
         step, going, cuda = 0, set(rows), device.type == "cuda"
         while max_new_tokens is None or step < max_new_tokens:
             step += 1
             drawn = decoder.tokens.to("cpu", non_blocking=cuda, copy=True)
-            arrived = cuda and torch.cuda.current_stream().record_event()
+            arrived = cuda and torch.cuda.current_stream(device).record_event()
             if ahead and step != max_new_tokens:  # the next step runs while the host reads this one's tokens
                 decoder.step()
             if arrived:
@@ -985,7 +989,7 @@ def sample_token(
     """
     if temperature == 0:
         return logits.argmax(-1)
-    probs = (logits / temperature).softmax(-1)
+    probs = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)  # 0 / 1e-40 is no infinity
     if top_k is not None or top_p is not None:
         ranked, order = probs.sort(-1, descending=True)
         if top_k is not None:

@@ -213,29 +213,29 @@ def write_jsonl(
     """
     for first in range(0, len(prompts), batch_size):
         batch = prompts[first : first + batch_size]
-        texts, written = [[] for _ in batch], 0
-
-        def write(prompt: str, tokens: list[int]) -> None:
-            text = tokenizer.decode([token for token in tokens if token < tokenizer.n_vocab])
-            print(json.dumps({"prompt": prompt, "text": text}), flush=True)
-
         rows = [tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token] for prompt in batch]
+        adds, texts, written = [decoder(tokenizer, row) for row in rows], ["" for _ in batch], 0
         for step in model.generate(rows, max_new_tokens, stop=stops(tokenizer), first_row=first, **options):
-            for tokens, token in zip(texts, step, strict=True):
-                tokens += [] if token is None else [token]
+            for i, token in enumerate(step):
+                texts[i] += "" if token is None else adds[i](token)
             while step[written] is None:  # some row is still going
-                write(batch[written], texts[written])
+                print(json.dumps({"prompt": batch[written], "text": texts[written]}), flush=True)
                 written += 1
-        for prompt, tokens in list(zip(batch, texts, strict=True))[written:]:
-            write(prompt, tokens)
+        for prompt, text in list(zip(batch, texts, strict=True))[written:]:
+            print(json.dumps({"prompt": prompt, "text": text}), flush=True)
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device called name, or the best there is: cuda, mps, cpu. ValueError if this machine has none called so."""
+    """The device called name, or the best there is: cuda, mps, cpu. ValueError if this machine has none called so.
+
+    A GPU called by its number becomes the current one: kernels, streams and CUDA graphs go there.
+    """
     auto = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name or auto)
         torch.zeros(1, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError):
         raise ValueError(f"device={name}: there is none here; leave it out or use {auto}") from None
     return device
@@ -261,11 +261,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--compile", action="store_true", help="faster steps on cuda, after half a minute more")
     args = parser.parse_args(argv)
     if args.file:  # what can be wrong with it shows before the model is loaded
-        prompts = [line for line in args.file.read_text(encoding="utf-8").splitlines() if line]
+        prompts = [line for line in args.file.read_text(encoding="utf-8-sig").split("\n") if line]
         if not prompts:
             raise ValueError(f"{args.file} is empty: write one prompt a line")
         if args.batch_size < 1 or args.prompt or args.n_samples > 1 or args.chat:
             raise ValueError("--file goes with a --batch_size of 1 or more, without --prompt, --n_samples and --chat")
+    if args.chat and (args.prompt or args.n_samples > 1):
+        raise ValueError("--chat goes without --prompt and --n_samples: it asks for what to answer")
     runs = sorted(Path("out").glob("*/*/model.safetensors"), key=lambda f: f.stat().st_mtime)
     if not args.init_from and not runs:
         raise ValueError("no checkpoint under out/: run python train.py first, or pass --init_from=FOLDER")

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 import types
+import weakref
 from dataclasses import asdict
 from pathlib import Path
 
@@ -440,6 +441,28 @@ def test_step_kernels(N, K, norm, dtype, device, poisoned):
 
 
 @on_device
+def test_scan_step_of_a_model_that_is_float16_throughout(device, poisoned):
+    """model.half() takes A_log, D and dt_bias along: their values are rounded, what follows is not."""
+    g = torch.Generator().manual_seed(0)
+    r = lambda *shape: torch.randn(*shape, generator=g).to(device)  # noqa: E731
+    x, dt, BC, proj, (A_log, D, dt_bias) = r(2, 1, 42), r(2, 1, 42), r(2, 1, 10), r(2, 1, 84), (r(42, 5), r(42), r(42))
+    outputs = []
+    for dtype in (torch.float32, torch.float16):
+        state = torch.ones(2, 42, 5, device=device)
+        A, skip, bias = (u.half().to(dtype) for u in (A_log, D, dt_bias))
+        outputs.append((kernels.scan_step(x, dt, A, BC, skip, proj, bias, state, None, None, 1e-6), state))
+    assert all(error(a, b) < 1e-6 for a, b in zip(*outputs, strict=True))
+
+
+@on_device
+def test_float64_uses_the_reference(device):
+    a, b = (small("hHMtT", n_head=2, n_kv_head=1, kernels=on).double().to(device) for on in (True, False))
+    idx = tokens(1, 9).to(device)
+    assert torch.equal(a(idx, idx)[1], b(idx, idx)[1])
+    assert list(a.generate([[1, 2], [3]], 4, seed=1)) == list(b.generate([[1, 2], [3]], 4, seed=1))
+
+
+@on_device
 @pytest.mark.parametrize("pattern", ["hH", "Mt"])
 def test_model_with_kernels_equals_model_without(pattern, device, poisoned):
     fast, slow = (small(pattern, n_head=2, n_kv_head=1, kernels=on).to(device) for on in (True, False))
@@ -665,6 +688,14 @@ def count(f, calls: list):
         return f(*args, **kwargs)
 
     return counted
+
+
+def test_a_model_made_in_inference_mode_generates():
+    with torch.inference_mode():
+        model = small("hM")
+        expected = list(model.generate([[1, 2], [3]], 5, temperature=0))
+    assert list(model.generate([[1, 2], [3]], 5, temperature=0)) == expected
+    assert list(small("hM").generate([[1, 2], [3]], 5, temperature=0)) == expected
 
 
 def test_window_size_counts_the_query():
@@ -1102,6 +1133,15 @@ def test_released_files_missing_or_corrupt(tmp_path):
         Hymba.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("text", ["", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 1}}'])
+def test_corrupt_index_of_shards(text, tmp_path):
+    small("M").save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match="model.safetensors.index.json is corrupt"):
+        Hymba.from_pretrained(tmp_path)
+
+
 def test_released_names_on_the_hub(tmp_path, monkeypatch):
     write_released(tmp_path, MAMBA_JSON)
     asked = []
@@ -1296,6 +1336,15 @@ def test_a_cache_that_generate_left_early():
     assert error(logits[0, -1], full[0, -1]) < 1e-5
 
 
+def test_a_cache_after_a_stop_token_has_seen_all_that_was_yielded():
+    model, prompt = small("HhM"), tokens(9).tolist()
+    free = [t for (t,) in model.generate([prompt], 9, temperature=0)]
+    for stop in set(free):
+        cache = model.new_cache(1, 4)
+        answer = [t for (t,) in model.generate([prompt], 20, temperature=0, stop=stop, cache=cache)]
+        assert answer == free[: free.index(stop)] and cache.pos.tolist() == [5 + 9 + len(answer)]
+
+
 def test_steps_across_a_doubling_of_the_buffers():
     model = small("TH")
     cache = model.new_cache(2, 6)
@@ -1310,6 +1359,16 @@ def test_steps_across_a_doubling_of_the_buffers():
         capacities.append(cache.capacity)
     assert sorted(set(capacities)) == [6, 12, 24, 48] and cache.nbytes == 2 * model.cache_bytes(48, torch.float32)
     assert seen == list(model.generate([[3], [5]], 30, temperature=0))
+
+
+def test_a_cache_that_has_grown_frees_the_old_buffers(monkeypatch):
+    model, caches, plain = small("T", n_meta=0), weakref.WeakSet(), Cache.map
+    monkeypatch.setattr(Cache, "map", lambda cache, f: (caches.add(new := plain(cache, f)), new)[1])
+    steps = model.generate([[1, 2], [3]], None)
+    for _ in range(300):
+        next(steps)
+    held = {u.untyped_storage().data_ptr(): u.untyped_storage().nbytes() for c in caches for u in c.kv[0]}
+    assert sum(held.values()) == 2 * model.cache_bytes(2 * (2 + 256), torch.float32)
 
 
 def test_cast_keeps_what_must_be_float32():
@@ -1389,8 +1448,11 @@ def test_generate_stops_and_samples():
             next(model.generate(bad))
     with pytest.raises(ValueError, match="token 61 is outside of the vocabulary of 61"):
         next(model.generate([[61]]))
-    with pytest.raises(ValueError, match="temperature=-1"):
-        next(model.generate([[1]], temperature=-1))
+    for bad in (-1, math.nan):
+        with pytest.raises(ValueError, match=f"temperature={bad}"):
+            next(model.generate([[1]], temperature=bad))
+    with pytest.raises(ValueError, match="max_new_tokens=-1: must be 0 or more"):
+        next(model.generate([[1]], -1))
 
 
 @pytest.mark.parametrize("pattern", MIXED + ["TTT", "MMM"])
@@ -1764,7 +1826,7 @@ def test_sample_file(tmp_path, capsys):
     model = Hymba(HymbaConfig(**(SMALL | dict(pattern="hM", vocab_size=320))))
     model.save_pretrained(tmp_path / "model", tokenizer="bytes")
     file = tmp_path / "prompts.txt"
-    prompts = ["one", "a longer prompt", "two \u00e9", "four", "five"]
+    prompts = ["one", "a longer prompt", "two \u00e9", "form\x0cfeed", "\u2028five"]
     file.write_text("\n".join(prompts) + "\n\n", encoding="utf-8")
     flags = [f"--init_from={tmp_path / 'model'}", "--device=cpu", "--max_new_tokens=12", f"--file={file}"]
     outputs = []
@@ -1786,6 +1848,16 @@ def test_sample_file(tmp_path, capsys):
         sample.main([*flags, "--batch_size=0"])
 
 
+def test_a_gpu_called_by_its_number_becomes_the_current_one(monkeypatch):
+    """Triton launches on the current one, wherever the tensors are, and torch.cuda.graph captures its streams."""
+    current = []
+    monkeypatch.setattr(torch, "zeros", lambda n, device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    for name in ("cpu", "cuda", "cuda:1"):
+        assert sample.pick_device(name) == torch.device(name)
+    assert current == [torch.device("cuda:1")]
+
+
 def test_jsonl_lines_come_as_soon_as_they_can():
     """Rows end in the order 1, 2, 0, 3: nothing is written before row 0 has ended, then three lines at once."""
     tokenizer, printed = prepare.load_tokenizer("bytes", "."), []
@@ -1801,6 +1873,23 @@ def test_jsonl_lines_come_as_soon_as_they_can():
         patch.setattr("builtins.print", lambda line, **_: printed.append(json.loads(line)["text"]))
         sample.write_jsonl(Fixed(), tokenizer, list("wxyz"), 8, 9)
     assert printed == [None] * 4 + ["aaa", "a", "aa", None, "aaaaa"]
+
+
+def test_jsonl_text_continues_the_prompt(capsys):
+    """A word's first token, decoded alone, would lose the blank before it."""
+    tokenizers = pytest.importorskip("tokenizers", reason="pip install -r requirements-dev.txt")
+    decoders = tokenizers.decoders
+    words = tokenizers.Tokenizer(tokenizers.models.BPE({"▁the": 0, "▁fox": 1, "es": 2}, []))
+    words.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer = types.SimpleNamespace(n_vocab=3, eot_token=9, decode=words.decode, encode_ordinary=lambda text: [0])
+
+    class Fixed:
+        def generate(self, prompts, max_new_tokens, stop, first_row):
+            yield from ([1, 0], [2, None], [7, None])  # 7: beyond the tokenizer's vocabulary
+
+    sample.write_jsonl(Fixed(), tokenizer, ["the", "the"], 8, 9)
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["prompt"] + row["text"] for row in rows] == ["the foxes", "the the"]
 
 
 def test_bench_counts_a_step_s_bytes():
@@ -1820,6 +1909,16 @@ def test_bench_counts_a_step_s_bytes():
     assert abs(row["read_gb"] * 1e9 - weights - 2 * (kv + ssm)) < 1
     assert row["cache_mb"] == row["formula_mb"] == model.cache_bytes(16 + 256) / 1e6
     assert {"ms_per_step", "tokens_per_s"} < set(row)
+
+
+def test_bench_plot_says_what_it_cannot_show(tmp_path):
+    pytest.importorskip("matplotlib", reason="pip install -r requirements-dev.txt")
+    import bench
+
+    for what, message in [("decode", "no picture of decode"), ("sweep", "has no results")]:
+        (tmp_path / "x.json").write_text(json.dumps({"what": what, "device": "", "rows": []}))
+        with pytest.raises(ValueError, match=message):
+            bench.plot([str(tmp_path / "x.json")])
 
 
 def test_streaming_holds_back_half_characters(capsys):
@@ -1964,6 +2063,8 @@ def test_chat_template_against_transformers(tmp_path):
 def test_chat_and_tokenizer_errors(tmp_path, monkeypatch):
     folder = write_chat_model(tmp_path)
     args = [f"--init_from={folder}", "--chat", "--device=cpu"]
+    with pytest.raises(ValueError, match="--chat goes without --prompt and --n_samples"):
+        sample.main([*args, "--prompt=Hello"])
     monkeypatch.setattr(Hymba, "from_pretrained", lambda *args, **options: pytest.fail("it began to load the weights"))
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     for template, message in [

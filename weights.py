@@ -215,7 +215,10 @@ def load(
     tensors, files = {}, [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
     if not files[0].is_file() and index.is_file():
-        files = [folder / file for file in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        try:
+            files = [folder / file for file in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as e:
+            raise ValueError(f"{index} is corrupt: {type(e).__name__}: {e}") from None
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"{folder} is not a whole checkpoint: it has no {file.name}")
