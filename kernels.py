@@ -1,11 +1,12 @@
 """
-The operations of model.py as Triton kernels, with the same names and signatures: selective_scan, windowed_attention and
-causal_conv; and for decoding, the same for one token a row, in place in the cache: rope_append, decode_attention,
-conv_step and scan_step. Optional: model.py uses them on NVIDIA GPUs from Hopper on (see usable), runs complete without.
+The operations of model.py as Triton kernels, with the same names and signatures: selective_scan, windowed_attention,
+causal_conv and cross_entropy; and for decoding, the same for one token a row, in place in the cache: rope_append,
+decode_attention, conv_step and scan_step. Optional: model.py uses them on NVIDIA GPUs from Hopper on (see usable) and
+runs complete without.
 
-Each kernel opens with the formula that it computes, its tiling and its floor. All of them are PyTorch operators with
-fake tensors and gradients of their own, so that torch.compile takes a model with fullgraph=True. None adds floats
-atomically: gradients are the same to the bit from run to run.
+Each kernel opens with the formula that it computes, its tiling and its floor. All of them are PyTorch operators, or run
+inside of one, with gradients where training needs them: torch.compile takes a model with fullgraph=True. None adds
+floats atomically: gradients are the same to the bit from run to run.
 
 Letters: B batch, T tokens (queries), S keys, D inner width (channels), N SSM state, H query heads, G key/value heads,
 R = H / G query heads per key/value head, E query/key head size, F value head size, M meta tokens, W window, K taps.

@@ -7,8 +7,8 @@ A model is a pattern string, one letter a block, which names the block's token m
     t  Transformer: sliding-window attention            h  hybrid heads: sliding-window attention and SSM heads
     M  Mamba: SSM heads                                 (sliding windows always see the meta tokens, too)
 
-Read from top to bottom: configuration, the two reference operations (selective_scan, windowed_attention), the parts
-of a block, the block, the cache, the model. Letters used for sizes throughout:
+Read from top to bottom: configuration, the reference operations (selective_scan, windowed_attention and smaller ones),
+the parts of a block, the block, the cache, the model, and how it draws tokens. Letters used for sizes throughout:
 
     B batch            C model width (n_embd)      H query heads          E query/key head size
     T tokens in call   D inner width (expand * C)  G key/value heads      F value head size
@@ -122,6 +122,11 @@ class HymbaConfig:
                     j = 0 if j < 2 + n % 2 else j - (j - n % 2) % 2
                 owner.append(None if letter == "M" else start + j)
         return owner
+
+
+def use_kernels(wanted: bool, x: Tensor) -> bool:
+    """Whether kernels.py works on x: where it is wanted, installed, and there is a GPU for it."""
+    return wanted and kernels is not None and kernels.usable(x)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -444,10 +449,6 @@ class HybridHeads(nn.Module):
         self.in_proj = nn.Linear(C, sum(sizes), bias=False)
         self.out_proj = nn.Linear(width, C, bias=False)
 
-    def fast(self, x: Tensor) -> bool:
-        """Whether to use kernels.py."""
-        return self.kernels and kernels is not None and kernels.usable(x)
-
     def attend(self, parts, rope, kv, cache):
         """Attention heads: parts q (B, T, H E), and k, v where this block owns them -> (B, T, H F) and its k, v."""
         B, T, _ = parts[0].shape
@@ -460,14 +461,14 @@ class HybridHeads(nn.Module):
         if cache is not None and T == 1:
             return decode_attention(q, *kv, cache.pos).flatten(2), kv
         llama = self.window is None and self.F == self.E and kv[0].shape[1] == T  # PyTorch's own is as fast here
-        attention = kernels.windowed_attention if self.fast(q) and not llama else windowed_attention
+        attention = kernels.windowed_attention if use_kernels(self.kernels, q) and not llama else windowed_attention
         return attention(q, *kv, self.window, self.n_meta).flatten(2), kv
 
     def scan(self, x, z, cache):
         """SSM heads (Mamba, Fig. 3 and Algorithm 2): x and gate z (B, T, D) -> (B, T, D)."""
         tail, state = (None, None) if cache is None else cache.ssm
         conv, scan = causal_conv, selective_scan
-        if self.fast(x):
+        if use_kernels(self.kernels, x):
             conv, scan = kernels.causal_conv, kernels.selective_scan
         x, next_tail = conv(x, self.conv_weight, self.conv_bias, tail)
         dt, B, C = self.x_proj(x).split(self.x_sizes, dim=-1)  # (B, T, R), (B, T, N), (B, T, N)
@@ -480,25 +481,28 @@ class HybridHeads(nn.Module):
         return y
 
     def step(self, proj, rope, cache):
-        """attend and scan for one new token a row, by kernels that update the cache in place; proj (B, 1, ...)."""
+        """attend and scan for one new token a row, by kernels that update the cache in place.
+
+        proj (B, 1, ...), all parts of the projection together -> (B, 1, H F) and (B, 1, D), None where there is none.
+        """
         y, s = None, None
         if self.has_attn:
             window = self.window or 0
             q = kernels.rope_append(proj, *rope, cache.pos, *cache.kv, self.H, self.owns_kv, window, self.n_meta)
-            y = kernels.decode_attention(q, *cache.kv, cache.pos).flatten(2)
+            y = kernels.decode_attention(q, *cache.kv, cache.pos).flatten(2)  # (B, 1, H F)
         if self.has_ssm:
             tail, state = cache.ssm
-            x = kernels.conv_step(proj, self.conv_weight, self.conv_bias, tail)
-            dtBC = self.x_proj(x)
-            dt = self.dt_proj(self.dt_norm(dtBC[..., : self.x_sizes[0]]))
+            x = kernels.conv_step(proj, self.conv_weight, self.conv_bias, tail)  # (B, 1, D)
+            dtBC = self.x_proj(x)  # (B, 1, R + 2 N)
+            dt = self.dt_proj(self.dt_norm(dtBC[..., : self.x_sizes[0]]))  # (B, 1, D)
             scales = [getattr(norm, "weight", None) for norm in (self.B_norm, self.C_norm)]
             s = kernels.scan_step(x, dt, self.A_log, dtBC, self.D, proj, self.dt_bias, state, *scales, self.eps)
         return y, s
 
     def forward(self, x, rope, kv, cache):
         """x (B, T, C) -> (B, T, C), and the keys and values that the blocks of its group read."""
-        proj, s = self.in_proj(x), None
-        if cache is not None and x.shape[1] == 1 and self.fast(x):
+        proj, s = self.in_proj(x), None  # (B, T, sum of sizes)
+        if cache is not None and x.shape[1] == 1 and use_kernels(self.kernels, x):
             y, s = self.step(proj, rope, cache)
         else:
             parts = list(proj.split(self.sizes, dim=-1))  # q, [k, v,] x, z: as many as the block has
@@ -745,8 +749,7 @@ class Hymba(nn.Module):
         x = self.hidden(idx, cache)
         if targets is None:
             return F.linear(x, self.output), None
-        fast = self.config.kernels and kernels is not None and kernels.usable(x)
-        return None, linear_cross_entropy(x, self.output, targets, fast)[0]
+        return None, linear_cross_entropy(x, self.output, targets, use_kernels(self.config.kernels, x))[0]
 
     def new_cache(self, batch_size: int, n_tokens: int) -> Cache:
         """A cache for batch_size sequences that has seen the meta tokens and has room for n_tokens before it grows.
@@ -755,8 +758,8 @@ class Hymba(nn.Module):
         load_state_dict do, are noticed and run them again.
         """
         device, dtype = self.embed.weight.device, compute_dtype(self.embed.weight)
-        weights = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.parameters()]
-        stamp = [str(self.config), dtype, weights]
+        versions = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.parameters()]
+        stamp = [str(self.config), dtype, versions]
         if self._meta_cache is None or self._meta_cache[0] != stamp:
             once = Cache(self.config, 1, 0, dtype, device)
             if self.meta is not None:
@@ -777,7 +780,7 @@ class Hymba(nn.Module):
     def compile_steps(self) -> "Hymba":
         """Let torch.compile fuse the small operations of one-token steps, in batches of one matrix products, too.
 
-        Costs half a minute at the first steps, which some 20,000 steps win back; blocks of one kind are compiled once.
+        The first steps take about 40 seconds more (Hymba-1.5B on an H100); blocks of one kind are compiled once.
         """
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         self.step_block = torch.compile(Block.forward, options={"coordinate_descent_tuning": True})
@@ -884,10 +887,10 @@ class Hymba(nn.Module):
         meta tokens' work included. Inference (training=False): one token's forward pass after n_tokens others.
         """
         c, T = self.config, self.config.block_size if n_tokens is None else n_tokens
-        weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        matrices = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
         last = c.n_meta + T  # position of the token in inference; in training, how many there are
         p = torch.arange(last, dtype=torch.float64) if training else torch.tensor([last], dtype=torch.float64)
-        flops = 2.0 * weights * len(p)
+        flops = 2.0 * matrices * len(p)
         for mixer in (block.mixer for block in self.blocks):
             if mixer.has_attn:
                 seen = p + 1
@@ -931,10 +934,10 @@ class Hymba(nn.Module):
         that this file cannot compute and for tensors that do not fit it, naming each missing, unexpected or misshapen.
         """
         folder = weights.pretrained_folder(name, weights=False)
-        kind, config, fields_ = weights.read_config(folder)
+        kind, config, arguments = weights.read_config(folder)
         try:
             with torch.device("meta"):
-                model = cls(HymbaConfig(**fields_))
+                model = cls(HymbaConfig(**arguments))
         except TypeError as e:
             raise ValueError(f"{folder / 'config.json'} describes no model: {e}") from None
         weights.load(model, name, kind, config, dtype, device)

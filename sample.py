@@ -258,7 +258,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16"], help="of the weights [bfloat16 on cuda, else the checkpoint's]"
     )
-    parser.add_argument("--compile", action="store_true", help="faster steps on cuda, after half a minute more")
+    parser.add_argument("--compile", action="store_true", help="faster steps on cuda, after some 40 seconds more")
     args = parser.parse_args(argv)
     if args.file:  # what can be wrong with it shows before the model is loaded
         prompts = [line for line in args.file.read_text(encoding="utf-8-sig").split("\n") if line]

@@ -1434,6 +1434,9 @@ def test_generate_stops_and_samples():
         assert row[:n] == expected[:n] and set(row[n:]) <= {None}
     one = list(model.generate([prompts[2]], 30, temperature=0, stop=stop))
     assert len(one) == list(free[2]).index(stop)  # ends when all rows have
+    several = {stop, free[2][2]}
+    ends = min(free[2].index(token) for token in several)
+    assert len(list(model.generate([prompts[2]], 30, temperature=0, stop=several))) == ends < len(one)
     assert any(a != b for a, b in model.generate([[1], [1]], 20, temperature=5.0, seed=2**60))
     draws = [t for (t,) in model.generate([[1]], 200, temperature=5.0, seed=1)]
     assert draws == [t for (t,) in model.generate([[1]], 200, temperature=5.0, seed=1)]
@@ -1483,6 +1486,7 @@ def test_top_k_and_top_p_distribution():
     assert torch.allclose(shares(top_p=0.79), torch.tensor([0, 0.625, 0, 0.375]), atol=0.03)
     assert torch.allclose(shares(top_p=0.81), torch.tensor([0, 0.5, 0.15, 0.3]) / 0.95, atol=0.03)
     assert torch.allclose(shares(temperature=0.5), torch.tensor([0.0025, 0.25, 0.0225, 0.09]) / 0.365, atol=0.03)
+    assert shares(temperature=1e-40)[1] == 1
 
 
 def test_pretrained_round_trip_and_errors(tmp_path):
