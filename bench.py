@@ -343,8 +343,6 @@ def decode_worker(spec: dict, device: torch.device) -> list[dict]:
         return [transformers_worker(config, B, spec["contexts"][0], spec["prefill"], device)]
     with device:
         model = reference.Hymba(reference.HymbaConfig(**config)).cast(torch.bfloat16).eval()
-    if spec.get("compile"):
-        model.compile_steps()
     rows = []
     for context in spec["contexts"]:
         model.new_cache(1, 1)  # runs the meta tokens, once
@@ -626,7 +624,6 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--shapes", default="16x2048,4x8192", help="train: batch x tokens")
     parser.add_argument("--batches", default="1,16,128", help="decode: which; roadmap: the last; sweep: 8 [1,16,128]")
     parser.add_argument("--models", default="", help="decode: which models, separated by semicolons [all]")
-    parser.add_argument("--no_compile", action="store_true", help="decode: without torch.compile")
     parser.add_argument("--profile", action="store_true", help="decode: where a step's time goes, to stderr")
     parser.add_argument("--json", metavar="FILE", help="write the results there, too")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -660,7 +657,7 @@ def main(argv: list[str]) -> None:
         rows = train_gpu(args.configs.split(","), args.shapes.split(","))
     else:
         batches = [int(n) for n in args.batches.split(",")]
-        options = dict(compile=not args.no_compile, profile=args.profile)
+        options = dict(profile=args.profile)
         if args.what == "decode":
             rows = decode_gpu(batches, [n for n in args.models.split(";") if n], options)
         else:

@@ -1,12 +1,12 @@
 """
 The operations of model.py as Triton kernels, with the same names and signatures: selective_scan, windowed_attention,
-causal_conv and cross_entropy; and for decoding, the same for one token a row, in place in the cache: rope_append,
-decode_attention, conv_step and scan_step. Optional: model.py uses them on NVIDIA GPUs from Hopper on (see usable) and
-runs complete without.
+causal_conv and cross_entropy. Then those of inference: rope, swiglu, fuse and matvec, for what lies between matrix
+products, and for one new token a row, in place in the cache, rope_append, decode_attention, conv_step and scan_step.
+Optional: model.py uses them on NVIDIA GPUs from Hopper on (see usable) and runs complete without.
 
-Each kernel opens with the formula that it computes, its tiling and its floor. All of them are PyTorch operators, or run
-inside of one, with gradients where training needs them: torch.compile takes a model with fullgraph=True. None adds
-floats atomically: gradients are the same to the bit from run to run.
+Each kernel opens with the formula that it computes, its tiling and its floor. Those of training are PyTorch operators
+with gradients, or run inside of one: torch.compile takes a model with fullgraph=True. None adds floats atomically:
+gradients are the same to the bit from run to run.
 
 Letters: B batch, T tokens (queries), S keys, D inner width (channels), N SSM state, H query heads, G key/value heads,
 R = H / G query heads per key/value head, E query/key head size, F value head size, M meta tokens, W window, K taps.
@@ -1151,11 +1151,15 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None = N
         raise ValueError(f"weight must be ({D}, 2 to 4) and bias ({D},) to go with x; got {weight.shape}, {bias.shape}")
     if tail is not None and tail.shape != (B, K - 1, D):
         raise ValueError(f"tail must be ({B}, {K - 1}, {D}); got {tail.shape}")
+    x, weight = x if x.stride(2) == 1 else x.contiguous(), weight.contiguous()
+    y = conv(x, weight, bias, 0)
     if tail is None and T >= K - 1:
-        return conv(x if x.stride(2) == 1 else x.contiguous(), weight.contiguous(), bias, 0), x[:, T - K + 1 :]
-    tail = x.new_zeros(B, K - 1, D) if tail is None else tail.to(x.dtype)
-    x = torch.cat([tail, x], 1)
-    return conv(x, weight.contiguous(), bias, K - 1), x[:, T:]
+        return y, x[:, 1 - K :]
+    before = x.new_zeros(B, K - 1, D) if tail is None else tail.to(x.dtype)
+    first = torch.cat([before, x[:, : K - 1]], 1)  # (B, up to 2 K - 2, D)
+    if tail is not None:
+        y[:, : K - 1] = conv(first, weight, bias, K - 1)
+    return y, (x if T >= K - 1 else first)[:, 1 - K :]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1211,13 +1215,158 @@ def cross_entropy(logits: Tensor, targets: Tensor, grad: bool) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Inference: what lies between matrix products, and matrix products of few rows
+#
+# Bound by memory (weights, caches and activations are read once) or, in small batches, by the time from one kernel's
+# end to the next one's start: some of a layer's twelve kernels take no longer than that. So these are launched before
+# their predecessor has ended (Hopper's programmatic dependent launch) and wait for it where they first read what it may
+# have written; weights, and states that no kernel since the last wait can have touched, are on their way by then.
+
+
+@triton.jit
+def _wait():
+    """Until all that was launched before is done, and written. Then the next kernel may start, too, and wait."""
+    if not INTERPRET:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def rope_kernel(x, cos, sin, y, T, x_b, x_t, cos_b, cos_t, H, E: tl.constexpr, BH: tl.constexpr, BE: tl.constexpr):
+    """y = R x, R the rotation of channels i and i + E / 2 by the angle whose cos and sin are given. Grid (T, B)."""
+    t, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    h, i = tl.arange(0, BH)[:, None], tl.arange(0, BE)[None, :]
+    here = (h < H) & (i < E // 2)
+    _wait()
+    c = tl.load(cos + b * cos_b + t * cos_t + i, mask=i < E // 2, other=0.0)
+    s = tl.load(sin + b * cos_b + t * cos_t + i, mask=i < E // 2, other=0.0)
+    at = x + b * x_b + t.to(tl.int64) * x_t + h * E + i
+    x0, x1 = tl.load(at, mask=here).to(tl.float32), tl.load(at + E // 2, mask=here).to(tl.float32)
+    at = y + ((b * T + t) * H + h) * E + i
+    tl.store(at, (x0 * c - x1 * s).to(y.dtype.element_ty), mask=here)
+    tl.store(at + E // 2, (x1 * c + x0 * s).to(y.dtype.element_ty), mask=here)
+
+
+def rope(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary position embedding of x (B, T, H, E) by cos and sin (B or 1, T, 1, E / 2) -> (B, T, H, E)."""
+    (B, T, H, E), (cos, sin) = x.shape, (u.expand(len(x), -1, -1, -1) for u in angles)
+    x = x if x.stride()[2:] == (E, 1) else x.contiguous()
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    rope_kernel[(T, B)](
+        x, cos, sin, y, T, *x.stride()[:2], *cos.stride()[:2], H,
+        E, triton.next_power_of_2(H), triton.next_power_of_2(E // 2), launch_pdl=True,
+    )  # fmt: skip
+    return y
+
+
+@triton.jit
+def swiglu_kernel(gate, up, y, n, BLOCK: tl.constexpr):
+    """y = gate sigmoid(gate) up, value by value."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    _wait()
+    g = tl.load(gate + i, mask=i < n).to(tl.float32)
+    u = tl.load(up + i, mask=i < n).to(tl.float32)
+    tl.store(y + i, (g * _sigmoid(g) * u).to(y.dtype.element_ty), mask=i < n)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, in one pass."""
+    gate, up = gate.contiguous(), up.contiguous()
+    y = torch.empty_like(gate)
+    swiglu_kernel[(triton.cdiv(y.numel(), 1024),)](gate, up, y, y.numel(), 1024, launch_pdl=True)
+    return y
+
+
+@triton.jit
+def fuse_kernel(x, y, x_scale, y_scale, out, a, b, eps, D: tl.constexpr, BD: tl.constexpr):
+    """out = a x / rms(x) x_scale + b y / rms(y) y_scale, one program a row."""
+    row, d = tl.program_id(0).to(tl.int64) * D, tl.arange(0, BD)
+    x_scale = a * tl.load(x_scale + d, mask=d < D, other=0.0).to(tl.float32)
+    y_scale = b * tl.load(y_scale + d, mask=d < D, other=0.0).to(tl.float32)
+    _wait()
+    x = tl.load(x + row + d, mask=d < D, other=0.0).to(tl.float32)
+    y = tl.load(y + row + d, mask=d < D, other=0.0).to(tl.float32)
+    x *= tl.rsqrt(tl.sum(x * x) / D + eps)
+    y *= tl.rsqrt(tl.sum(y * y) / D + eps)
+    tl.store(out + row + d, (x * x_scale + y * y_scale).to(out.dtype.element_ty), mask=d < D)
+
+
+def fuse(x: Tensor, y: Tensor, x_scale: Tensor, y_scale: Tensor, a: float, b: float, eps: float) -> Tensor:
+    """a rms_norm(x) + b rms_norm(y) of two branches (..., D) with scales (D,), in one pass."""
+    (x, y), D = (u.contiguous() for u in (x, y)), x.shape[-1]
+    out = torch.empty_like(x)
+    fuse_kernel[(x.numel() // D,)](
+        x, y, x_scale, y_scale, out, a, b, eps, D, triton.next_power_of_2(D), launch_pdl=True
+    )
+    return out
+
+
+MATVEC_ROWS, MATVEC_SIZE = 4, 16384  # of x: at most so many rows, of at most so many numbers
+MATVEC_TILE, MATVEC_WARPS = 8192, 4  # numbers of a weight that a program reads, and its warps
+
+
+@triton.jit
+def matvec_kernel(weight, up, x, scale, add, y, eps, B, m, n, x_b,
+                  BM: tl.constexpr, BN: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr,
+                  ADD: tl.constexpr):  # fmt: skip
+    """y = W x, with RMS-normalised x where NORM, silu(W x) * (U x) where GATED, and y + add where ADD.
+
+    A program reads BM whole rows of W (m, n), and keeps them in registers for all B vectors x. The floor is W at the
+    memory's bandwidth, and all the rest is latency: it asks for its rows before it waits for x.
+    """
+    i, j = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, BN)
+    here = (i < m)[:, None] & (j < n)[None, :]
+    at = i.to(tl.int64)[:, None] * n + j[None, :]
+    w = tl.load(weight + at, mask=here, other=0.0)
+    if GATED:
+        u = tl.load(up + at, mask=here, other=0.0)
+    if NORM:
+        s = tl.load(scale + j, mask=j < n, other=0.0)
+    _wait()
+    for b in tl.range(B):
+        v = tl.load(x + b * x_b + j, mask=j < n, other=0.0).to(tl.float32)
+        norm = 1.0
+        if NORM:
+            norm = tl.rsqrt(tl.sum(v * v) / n + eps)
+            v *= s.to(tl.float32)
+        out = tl.sum(w.to(tl.float32) * v[None, :], 1) * norm
+        if GATED:
+            out = out * _sigmoid(out) * (tl.sum(u.to(tl.float32) * v[None, :], 1) * norm)
+        if ADD:
+            out += tl.load(add + b * m + i, mask=i < m, other=0.0).to(tl.float32)
+        tl.store(y + b * m + i, out.to(y.dtype.element_ty), mask=i < m)
+
+
+def few(x: Tensor) -> bool:
+    """Whether x (B, 1, n) is for matvec: so few rows that a matrix product is bound by the weight's bytes alone."""
+    return len(x) <= MATVEC_ROWS and x.shape[-1] <= MATVEC_SIZE
+
+
+def matvec(
+    x: Tensor, weight: Tensor, up: Tensor | None = None, scale: Tensor | None = None, eps: float = 0.0,
+    add: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """A linear layer of few tokens, x (B, 1, n) with weight (m, n) -> (B, 1, m) in x's dtype, and what is around it.
+
+    scale (n,): x is RMS-normalised first; up (m, n): returns silu(weight x) * (up x); add (B, 1, m) is added at last.
+    """
+    (m, n), B = weight.shape, len(x)
+    y, BN = x.new_empty(B, 1, m), triton.next_power_of_2(n)
+    BM = max(1, min(8, MATVEC_TILE // BN // (1 if up is None else 2)))
+    matvec_kernel[(triton.cdiv(m, BM),)](
+        weight, up, x, scale, add, y, eps, B, m, n, x.stride(0),
+        BM, BN, up is not None, scale is not None, add is not None, num_warps=MATVEC_WARPS, launch_pdl=True,
+    )  # fmt: skip
+    return y
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Decoding: one new token a row, over caches that are updated in place
 #
-# Bound by memory (weights and caches are read once) or, in small batches, by launches: each kernel does all it can of
-# what lies between two matrix products, and takes the fused projection as it is, because slices of it would be copied
-# under torch.compile. Positions are read on the device: a CUDA graph of these kernels stays right as the cache fills.
+# Each kernel does all it can of what lies between two matrix products. Positions are read on the device: a CUDA graph
+# of these kernels stays right as the cache fills.
 
-DECODE_KEYS, DECODE_PROGRAMS = 128, 1024  # of decode_attention: slots a tile, and how many programs fill the chip
+DECODE_KEYS, DECODE_PROGRAMS = 64, 1024  # of decode_attention: slots a tile, and how many programs fill the chip
 
 
 @triton.jit
@@ -1230,6 +1379,7 @@ def rope_append_kernel(proj, cos, sin, pos, out, keys, values, proj_b, keys_b, k
     b = tl.program_id(1).to(tl.int64)
     i = tl.arange(0, BE)
     half = i < E // 2
+    _wait()
     c = tl.load(cos + b * (E // 2) + i, mask=half)
     s = tl.load(sin + b * (E // 2) + i, mask=half)
     proj += b * proj_b
@@ -1247,7 +1397,6 @@ def rope_append_kernel(proj, cos, sin, pos, out, keys, values, proj_b, keys_b, k
     tl.store(into + E // 2 + i, (x1 * c + x0 * s).to(out.dtype.element_ty), mask=half)
 
 
-@torch.library.custom_op("hymba::rope_append", mutates_args=("keys", "values"))
 def rope_append(
     proj: Tensor, cos: Tensor, sin: Tensor, pos: Tensor, keys: Tensor, values: Tensor,
     n_head: int, owns_kv: bool, window: int, n_meta: int,
@@ -1262,14 +1411,10 @@ def rope_append(
     out = proj.new_empty(B, 1, n_head, E)
     rope_append_kernel[(n_head + G * owns_kv, B)](
         proj, cos, sin, pos, out, keys, values, proj.stride(0), *keys.stride()[:2], *values.stride()[:2],
-        n_head, G, window, n_meta, E, F, triton.next_power_of_2(E // 2), triton.next_power_of_2(F), num_warps=1,
+        n_head, G, window, n_meta, E, F, triton.next_power_of_2(E // 2), triton.next_power_of_2(F),
+        num_warps=1, launch_pdl=True,
     )  # fmt: skip
     return out
-
-
-@rope_append.register_fake
-def _(proj, cos, sin, pos, keys, values, n_head, owns_kv, window, n_meta):
-    return proj.new_empty(len(proj), 1, n_head, keys.shape[-1])
 
 
 @triton.jit(do_not_specialize=["S", "length"])
@@ -1285,6 +1430,7 @@ def decode_split(q, k, v, pos, o, lse, S, length, scale, k_b, k_s, v_b, v_s, H,
     """
     part, g = tl.program_id(0), tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
+    _wait()
     end = tl.minimum(tl.load(pos + b) + 1, S).to(tl.int32)  # the slots that are filled
     first = part * length
     r, j, e, f = tl.arange(0, BR), tl.arange(0, BK), tl.arange(0, BE), tl.arange(0, BF)
@@ -1324,6 +1470,7 @@ def decode_combine(o, lse, out, parts, F: tl.constexpr, BF: tl.constexpr, BP: tl
     to o where lse is -inf. Grid (H, B)."""
     row = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     i, f = tl.arange(0, BP), tl.arange(0, BF)
+    _wait()
     acc = tl.zeros((BP, BF), tl.float32)
     total = tl.zeros((BP,), tl.float32)
     m = tl.max(tl.full((BP,), -1e30, tl.float32), 0)
@@ -1341,7 +1488,6 @@ def decode_combine(o, lse, out, parts, F: tl.constexpr, BF: tl.constexpr, BP: tl
     tl.store(out + row * F + f, (tl.sum(acc, 0) / tl.sum(total, 0)).to(out.dtype.element_ty), mask=f < F)
 
 
-@torch.library.custom_op("hymba::decode_attention", mutates_args=())
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> Tensor:
     """One new token's attention over the cache: q (B, 1, H, E), k (B, S, G, E), v (B, S, G, F) -> (B, 1, H, F).
 
@@ -1358,15 +1504,11 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> Tensor:
     decode_split[(parts, G, B)](
         q, k, v, pos, o, lse, S, length, math.log2(math.e) / math.sqrt(E), *k.stride()[:2], *v.stride()[:2], H,
         R, max(16, triton.next_power_of_2(R)), E, F, triton.next_power_of_2(E), BF, BK, num_warps=4, num_stages=2,
+        launch_pdl=True,
     )  # fmt: skip
     if parts > 1:
-        decode_combine[(H, B)](o, lse, out, parts, F, BF, 32)
+        decode_combine[(H, B)](o, lse, out, parts, F, BF, 32, launch_pdl=True)
     return out
-
-
-@decode_attention.register_fake
-def _(q, k, v, pos):
-    return q.new_empty(*q.shape[:3], v.shape[-1])
 
 
 @triton.jit
@@ -1378,6 +1520,7 @@ def conv_step_kernel(x, weight, bias, tail, y, x_b, tail_b, D, K: tl.constexpr, 
     here = d < D
     tail += b * tail_b + d
     total = tl.load(bias + d, mask=here).to(tl.float32)
+    _wait()
     for k in tl.static_range(K - 1):
         u = tl.load(tail + k * D, mask=here)
         total += tl.load(weight + d * K + k, mask=here).to(tl.float32) * u.to(tl.float32)
@@ -1389,20 +1532,15 @@ def conv_step_kernel(x, weight, bias, tail, y, x_b, tail_b, D, K: tl.constexpr, 
     tl.store(y + b * D + d, (total * _sigmoid(total)).to(y.dtype.element_ty), mask=here)
 
 
-@torch.library.custom_op("hymba::conv_step", mutates_args=("tail",))
 def conv_step(proj: Tensor, weight: Tensor, bias: Tensor, tail: Tensor) -> Tensor:
     """causal_conv of one token -> y (B, 1, D); proj (B, 1, ...) ends with its x and z; the tail moves on in place."""
     B, D = len(proj), len(weight)
     y = proj.new_empty(B, 1, D)
     conv_step_kernel[(triton.cdiv(D, 128), B)](
-        proj[..., -2 * D :], weight, bias, tail, y, proj.stride(0), tail.stride(0), D, weight.shape[1], 128
-    )
+        proj[..., -2 * D :], weight, bias, tail, y, proj.stride(0), tail.stride(0), D, weight.shape[1], 128,
+        launch_pdl=True,
+    )  # fmt: skip
     return y
-
-
-@conv_step.register_fake
-def _(proj, weight, bias, tail):
-    return proj.new_empty(len(proj), 1, len(weight))
 
 
 @triton.jit
@@ -1424,6 +1562,7 @@ def scan_step_kernel(x, dt, A_log, BC, D_skip, z, bias, state, B_scale, C_scale,
     state += b * state_b + d[:, None] * N + n[None, :]
     h = tl.load(state, mask=here, other=0.0)
     A = -tl.exp2(LOG2E * tl.load(A_log + d[:, None] * N + n[None, :], mask=here, other=0.0).to(tl.float32))
+    _wait()
     u = tl.load(x + b * x_b + d, mask=in_d, other=0.0).to(tl.float32)
     gate = tl.load(z + b * z_b + d, mask=in_d, other=0.0).to(tl.float32)
     step = tl.load(dt + b * dt_b + d, mask=in_d, other=0.0).to(tl.float32)
@@ -1439,7 +1578,6 @@ def scan_step_kernel(x, dt, A_log, BC, D_skip, z, bias, state, B_scale, C_scale,
     tl.store(y + b * D + d, (out * gate * _sigmoid(gate)).to(y.dtype.element_ty), mask=in_d)
 
 
-@torch.library.custom_op("hymba::scan_step", mutates_args=("state",))
 def scan_step(
     x: Tensor, dt: Tensor, A_log: Tensor, parameters: Tensor, D: Tensor, proj: Tensor, dt_bias: Tensor, state: Tensor,
     B_scale: Tensor | None, C_scale: Tensor | None, eps: float,
@@ -1454,11 +1592,6 @@ def scan_step(
     scan_step_kernel[(triton.cdiv(d, 32), b)](
         x, dt, A_log, parameters[..., -2 * n :], D, proj[..., -d:], dt_bias, state, B_scale, C_scale, y, eps, d,
         x.stride(0), dt.stride(0), parameters.stride(0), proj.stride(0), state.stride(0),
-        n, triton.next_power_of_2(n), 32, B_scale is not None, num_warps=1,
+        n, triton.next_power_of_2(n), 32, B_scale is not None, num_warps=1, launch_pdl=True,
     )  # fmt: skip
     return y
-
-
-@scan_step.register_fake
-def _(x, dt, A_log, parameters, D, proj, dt_bias, state, B_scale, C_scale, eps):
-    return x.new_empty(x.shape)

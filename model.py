@@ -129,6 +129,11 @@ def use_kernels(wanted: bool, x: Tensor) -> bool:
     return wanted and kernels is not None and kernels.usable(x)
 
 
+def use_inference_kernels(wanted: bool, x: Tensor) -> bool:
+    """The same for kernels without a backward pass. (In training, torch.compile fuses what they do.)"""
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling() and use_kernels(wanted, x)
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """What matrix products with x run in: autocast's dtype for x's device if that is on, else x's own."""
     device = x.device.type
@@ -359,6 +364,20 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
+def use_matvec(x: Tensor, *layers: nn.Module) -> bool:
+    """Whether kernels.matvec is for x (B, 1, C): few rows, and no other module (LoRA's, say) in a layer's place."""
+    return kernels.few(x) and all(type(layer) is nn.Linear for layer in layers)
+
+
+def linear_step(layer: nn.Module, x: Tensor, norm: nn.Module | None = None, add: Tensor | None = None) -> Tensor:
+    """layer(norm(x)) + add for one token a row, x (B, 1, C): of few rows, all of it in one kernel."""
+    if use_matvec(x, layer):
+        scale, eps = (norm.weight, norm.eps) if isinstance(norm, RMSNorm) else (None, 0.0)
+        return kernels.matvec(x, layer.weight, None, scale, eps, add)
+    y = layer(x if norm is None else norm(x))
+    return y if add is None else add + y
+
+
 @torch.library.custom_op("hymba::rope_table", mutates_args=())  # else torch.compile takes every sine in every block
 def rope_table(pos: Tensor, freq: Tensor) -> tuple[Tensor, Tensor]:
     angle = pos[..., None, None] * freq
@@ -394,11 +413,7 @@ def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
-FUSE = {
-    "mean": lambda attn, ssm: (attn + ssm) / 2,
-    "diff": lambda attn, ssm: attn - ssm,
-    "concat": lambda attn, ssm: torch.cat([attn, ssm], dim=-1),
-}
+FUSE = {"mean": (0.5, 0.5), "diff": (1.0, -1.0), "concat": None}  # what attention and SSM heads count in their sum
 
 
 class HybridHeads(nn.Module):
@@ -452,9 +467,10 @@ class HybridHeads(nn.Module):
     def attend(self, parts, rope, kv, cache):
         """Attention heads: parts q (B, T, H E), and k, v where this block owns them -> (B, T, H F) and its k, v."""
         B, T, _ = parts[0].shape
-        q = apply_rope(parts.pop(0).view(B, T, self.H, self.E), rope)
+        rotate = kernels.rope if use_inference_kernels(self.kernels, parts[0]) else apply_rope
+        q = rotate(parts.pop(0).view(B, T, self.H, self.E), rope)
         if self.owns_kv:
-            k = apply_rope(parts.pop(0).view(B, T, self.G, self.E), rope)
+            k = rotate(parts.pop(0).view(B, T, self.G, self.E), rope)
             kv = k, parts.pop(0).view(B, T, self.G, self.F)
             if cache is not None:
                 kv = cache.write(self.window, *kv) if T == 1 else cache.extend(self.window, *kv)
@@ -480,12 +496,20 @@ class HybridHeads(nn.Module):
             state.copy_(next_state)
         return y
 
-    def step(self, proj, rope, cache):
-        """attend and scan for one new token a row, by kernels that update the cache in place.
+    def fuse(self, y, s):
+        """The branches' sum, each normalised: y, s (B, T, D) -> (B, T, D), or (B, T, 2 D) for concat."""
+        weights, norms = FUSE[self.fusion], (self.attn_norm, self.ssm_norm)
+        if weights is None:
+            return torch.cat([self.attn_norm(y), self.ssm_norm(s)], dim=-1)
+        if use_inference_kernels(self.kernels, y):
+            return kernels.fuse(y, s, *(norm.weight for norm in norms), *weights, self.eps)
+        return weights[0] * self.attn_norm(y) + weights[1] * self.ssm_norm(s)
 
-        proj (B, 1, ...), all parts of the projection together -> (B, 1, H F) and (B, 1, D), None where there is none.
+    def step(self, proj, rope, cache):
+        """What lies between the projections for one new token a row, by kernels that update the cache in place.
+
+        proj (B, 1, ...), all parts of in_proj's output together -> (B, 1, width of out_proj's input).
         """
-        y, s = None, None
         if self.has_attn:
             window = self.window or 0
             q = kernels.rope_append(proj, *rope, cache.pos, *cache.kv, self.H, self.owns_kv, window, self.n_meta)
@@ -493,39 +517,47 @@ class HybridHeads(nn.Module):
         if self.has_ssm:
             tail, state = cache.ssm
             x = kernels.conv_step(proj, self.conv_weight, self.conv_bias, tail)  # (B, 1, D)
-            dtBC = self.x_proj(x)  # (B, 1, R + 2 N)
-            dt = self.dt_proj(self.dt_norm(dtBC[..., : self.x_sizes[0]]))  # (B, 1, D)
+            dtBC = linear_step(self.x_proj, x)  # (B, 1, R + 2 N)
+            dt = linear_step(self.dt_proj, dtBC[..., : self.x_sizes[0]], self.dt_norm)  # (B, 1, D)
             scales = [getattr(norm, "weight", None) for norm in (self.B_norm, self.C_norm)]
             s = kernels.scan_step(x, dt, self.A_log, dtBC, self.D, proj, self.dt_bias, state, *scales, self.eps)
-        return y, s
+            y = self.fuse(y, s) if self.has_attn else s
+        return y
 
     def forward(self, x, rope, kv, cache):
         """x (B, T, C) -> (B, T, C), and the keys and values that the blocks of its group read."""
-        proj, s = self.in_proj(x), None  # (B, T, sum of sizes)
-        if cache is not None and x.shape[1] == 1 and use_kernels(self.kernels, x):
-            y, s = self.step(proj, rope, cache)
-        else:
-            parts = list(proj.split(self.sizes, dim=-1))  # q, [k, v,] x, z: as many as the block has
-            if self.has_attn:
-                y, kv = self.attend(parts, rope, kv, cache)  # (B, T, H F)
-            if self.has_ssm:
-                s = self.scan(*parts, cache)  # (B, T, D)
+        parts = list(self.in_proj(x).split(self.sizes, dim=-1))  # q, [k, v,] x, z: as many as the block has
+        if self.has_attn:
+            y, kv = self.attend(parts, rope, kv, cache)  # (B, T, H F)
         if self.has_ssm:
-            y = s if not self.has_attn else FUSE[self.fusion](self.attn_norm(y), self.ssm_norm(s))
+            s = self.scan(*parts, cache)  # (B, T, D)
+            y = self.fuse(y, s) if self.has_attn else s
         return self.out_proj(y), kv
 
 
 class FeedForward(nn.Module):
     """SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x)), (B, T, C) -> (B, T, C)."""
 
-    def __init__(self, config: HymbaConfig):
+    def __init__(self, config: HymbaConfig, with_kernels: bool):
         super().__init__()
+        self.kernels = with_kernels
         self.gate_proj = nn.Linear(config.n_embd, config.n_hidden, bias=False)
         self.up_proj = nn.Linear(config.n_embd, config.n_hidden, bias=False)
         self.down_proj = nn.Linear(config.n_hidden, config.n_embd, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        fast = use_inference_kernels(self.kernels, gate)
+        return self.down_proj(kernels.swiglu(gate, up) if fast else F.silu(gate) * up)
+
+    def step(self, x, norm):
+        """norm, forward and the residual addition for one new token a row, x (B, 1, C)."""
+        if use_matvec(x, self.gate_proj, self.up_proj):
+            h = kernels.matvec(x, self.gate_proj.weight, self.up_proj.weight, norm.weight, norm.eps)
+        else:
+            h = norm(x)
+            h = kernels.swiglu(self.gate_proj(h), self.up_proj(h))
+        return linear_step(self.down_proj, h, add=x)
 
 
 class Block(nn.Module):
@@ -538,14 +570,22 @@ class Block(nn.Module):
         self.ffn = None
         if config.n_hidden:
             self.ffn_norm = RMSNorm(config.n_embd, config.norm_eps)
-            self.ffn = FeedForward(config)
+            self.ffn = FeedForward(config, self.mixer.kernels)
 
     def forward(self, x, rope, kv, cache):
+        if cache is not None and x.shape[1] == 1 and use_inference_kernels(self.mixer.kernels, x):
+            return self.step(x, rope, cache), kv
         y, kv = self.mixer(self.mixer_norm(x), rope, kv, cache)
         x = x + y
         if self.ffn is not None:
             x = x + self.ffn(self.ffn_norm(x))
         return x, kv  # (B, T, C)
+
+    def step(self, x, rope, cache):
+        """forward for one new token a row, x (B, 1, C): the cache has its keys and values already."""
+        y = self.mixer.step(linear_step(self.mixer.in_proj, x, self.mixer_norm), rope, cache)
+        x = linear_step(self.mixer.out_proj, y, add=x)
+        return x if self.ffn is None else self.ffn.step(x, self.ffn_norm)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -674,7 +714,6 @@ class Hymba(nn.Module):
         self.lm_head = None if config.tied else nn.Parameter(torch.empty(config.vocab_size, config.n_embd))
         self._meta_cache = None
         self.source = None  # where from_pretrained has it from: format, config.json, dtypes; None: our own format
-        self.step_block = Block.forward  # of one-token steps; see compile_steps
         self.init_weights()
 
     @torch.no_grad()
@@ -722,9 +761,8 @@ class Hymba(nn.Module):
             cache.reserve(x.shape[1])
             pos = pos + cache.pos[:, None]  # (B, T)
         rope, kv = rope_angles(self.config, pos), None
-        forward = self.step_block if cache is not None and x.shape[1] == 1 else Block.forward
         for i, block in enumerate(self.blocks):
-            x, kv = forward(block, x, rope, kv, cache and cache.block(i))
+            x, kv = block(x, rope, kv, cache and cache.block(i))
         if cache is not None:
             cache.pos += x.shape[1]
             cache.longest += x.shape[1]
@@ -775,15 +813,6 @@ class Hymba(nn.Module):
         for name, p in self.named_parameters():
             if not name.endswith(weights.FLOAT32):
                 p.data = p.data.to(dtype)
-        return self
-
-    def compile_steps(self) -> "Hymba":
-        """Let torch.compile fuse the small operations of one-token steps, in batches of one matrix products, too.
-
-        The first steps take about 40 seconds more (Hymba-1.5B on an H100); blocks of one kind are compiled once.
-        """
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-        self.step_block = torch.compile(Block.forward, options={"coordinate_descent_tuning": True})
         return self
 
     @torch.no_grad()
@@ -949,7 +978,7 @@ class Decoder:
 
     Nothing in a step needs the host: on a GPU, all of it is one CUDA graph. A graph is bound to the addresses it was
     captured with, so the first step, and each after the cache has grown, runs operation by operation (which also
-    compiles what there is to compile); the second is captured, and replayed from then on.
+    compiles the kernels); the second is captured, and replayed from then on.
     """
 
     def __init__(self, model: Hymba, cache: Cache, tokens: Tensor, row: Tensor, draw):

@@ -258,7 +258,6 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16"], help="of the weights [bfloat16 on cuda, else the checkpoint's]"
     )
-    parser.add_argument("--compile", action="store_true", help="faster steps on cuda, after some 40 seconds more")
     args = parser.parse_args(argv)
     if args.file:  # what can be wrong with it shows before the model is loaded
         prompts = [line for line in args.file.read_text(encoding="utf-8-sig").split("\n") if line]
@@ -280,8 +279,6 @@ def main(argv: list[str]) -> None:
     render = chat_template(folder) if args.chat else None
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else None)
     model = Hymba.from_pretrained(name, dtype and getattr(torch, dtype), device).eval()
-    if args.compile:
-        model.compile_steps()
     print(f"{folder}: {model.config.pattern}, {model.num_params():,} parameters, on {device}", file=sys.stderr)
     options = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     if args.chat:
