@@ -483,7 +483,7 @@ def _scan_forward(
         )  # fmt: skip
     scan_forward_kernel[(n_block, n_segment, b)](
         x, dt, A, B, C, D, gate, dt_bias, state, adds, total, y, last, chunks,
-        t, d, length, *_strides(x, dt, B, C, gate), CHUNK=CHUNK, HAS_Z=has_z, SAVE=save, **tile,
+        t, d, length, *_strides(x, dt, B, C, gate), CHUNK=CHUNK, HAS_Z=has_z, SAVE=save, maxnreg=128, **tile,
     )  # fmt: skip
     return y, last, chunks
 
