@@ -63,9 +63,9 @@ def timed(f, repeats: int) -> tuple[float, float]:
     for _ in range(3):
         f()
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    cold = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    cold = torch.empty(2**31, dtype=torch.uint8, device="cuda")
     for start, end in events:
-        cold.zero_()  # what the last run left in the L2 cache is gone, as in a model
+        cold.zero_()  # what the last run left in the L2 cache is gone, as in a model, and the host gets ahead
         start.record()
         f()
         end.record()
@@ -559,56 +559,69 @@ def scan_cpu(repeats: int, loop: bool) -> list[dict]:
 
 
 def plot(files: list[str]) -> None:
-    """Time against size, log-log: ours and peers as lines, floors dashed. Of training: tokens/s and memory as bars."""
+    """Time against size, log-log: ours and peers as lines, floors dashed. Of training: tokens/s and memory as bars. Of
+    sweeps: speed against cache."""
     try:
         import matplotlib.pyplot as plt
     except ImportError:
         raise ValueError("plot needs matplotlib: pip install matplotlib") from None
+    draw = {"scan": plot_times, "attention": plot_times, "train": plot_bars, "sweep": plot_sweep}
     for file in files:
         result = json.loads(Path(file).read_text())
-        if result["what"] not in ("scan", "attention", "train", "sweep"):
-            raise ValueError(f"{file}: no picture of {result['what']}, only of scan, attention, train and sweep")
-        if not result["rows"]:
-            raise ValueError(f"{file} has no results to plot")
-        if result["what"] == "sweep":
-            fig, ax = plt.subplots(figsize=(7, 4.5))
-            for name in dict.fromkeys(r["name"] for r in result["rows"]):
-                points = [(r["cache_mb"], r["tokens_per_s"]) for r in result["rows"] if r["name"] == name]
-                ax.plot(*zip(*points, strict=True), "o-", label=name)
-            ax.set(xscale="log", yscale="log", xlabel="cache of one sequence, MB", ylabel="decode, tokens/s")
-            ax.legend()
-            ax.set_title(f"1k to 128k tokens of context, batch {result['rows'][0]['batch']}, {result['device']}")
-            fig.tight_layout()
-            fig.savefig("bench_sweep.png", dpi=120)
-            print("wrote bench_sweep.png")
-            continue
         what, rows = result["what"], result["rows"]
-        keys = ("tokens_per_s", "peak_gib") if what == "train" else ("fwd", "bwd")
-        fig, axes = plt.subplots(1, 2, figsize=(10, 4))
-        lines = dict.fromkeys((r["name"], r.get("mask", "")) for r in rows)
-        shapes = list(dict.fromkeys(r["shape"] for r in rows))
-        for ax, key in zip(axes, keys, strict=True):
-            for i, (name, mask) in enumerate(lines):
-                here = {r["shape"]: r for r in rows if (r["name"], r.get("mask", "")) == (name, mask)}
-                label = f"{name}, {mask}".rstrip(", ")
-                if what == "train":
-                    at = [shapes.index(shape) + 0.8 * (i + 0.5) / len(lines) - 0.4 for shape in here]
-                    ax.bar(at, [r[key] for r in here.values()], 0.8 / len(lines), label=label)
-                    continue
-                points = sorted((tokens_of(shape), r[key]) for shape, r in here.items())
-                ax.plot(*zip(*points, strict=True), "o-", label=label)
-                floors = sorted((tokens_of(shape), r.get("exp_floor", r.get("floor"))) for shape, r in here.items())
-                if key == "fwd" and name == "ours" and None not in floors[0]:
-                    ax.plot(*zip(*floors, strict=True), "k--", label=f"floor, {mask}".rstrip(", "))
-            if what == "train":
-                ax.set(xticks=range(len(shapes)), xticklabels=shapes, xlabel="batch x tokens", ylabel=key)
-            else:
-                ax.set(xscale="log", yscale="log", xlabel="tokens", ylabel=f"{key}, ms")
-            ax.legend(fontsize="small")
+        if what not in draw:
+            raise ValueError(f"{file}: no picture of {what}, only of {', '.join(draw)}")
+        if not rows:
+            raise ValueError(f"{file} has no results to plot")
+        fig = draw[what](plt, rows)
         fig.suptitle(f"{what}, {result['device']}")
         fig.tight_layout()
         fig.savefig(f"bench_{what}.png", dpi=120)
         print(f"wrote bench_{what}.png")
+
+
+def plot_times(plt, rows: list[dict]):
+    masks, names = (list(dict.fromkeys(r.get(key, "") for r in rows)) for key in ("mask", "name"))
+    fig, axes = plt.subplots(len(masks), 2, figsize=(10, 4 * len(masks)), squeeze=False)
+    for mask, pair in zip(masks, axes, strict=True):
+        for ax, key, label in zip(pair, ("fwd", "bwd"), ("forward", "backward"), strict=True):
+            for name in names:
+                here = {tokens_of(r["shape"]): r for r in rows if (r["name"], r.get("mask", "")) == (name, mask)}
+                here = dict(sorted(here.items()))
+                if here:
+                    ax.plot(here.keys(), [r[key] for r in here.values()], "o-", label=name)
+                floors = [r.get("exp_floor", r.get("floor")) for r in here.values()]
+                if key == "fwd" and name == "ours" and None not in floors:
+                    ax.plot(here.keys(), floors, "k--", label="floor")
+            ax.set(xscale="log", yscale="log", xlabel="tokens", ylabel=f"{label}, ms", title=mask)
+            ax.legend(fontsize="small")
+    return fig
+
+
+def plot_bars(plt, rows: list[dict]):
+    fig, axes = plt.subplots(1, 2, figsize=(10, 4))
+    names, shapes = (list(dict.fromkeys(r[key] for r in rows)) for key in ("name", "shape"))
+    for ax, key, label in zip(axes, ("tokens_per_s", "peak_gib"), ("tokens/s", "peak memory, GiB"), strict=True):
+        for i, name in enumerate(names):
+            here = {
+                shapes.index(r["shape"]) + 0.8 * (i + 0.5) / len(names) - 0.4: r[key] for r in rows if r["name"] == name
+            }
+            ax.bar(here.keys(), here.values(), 0.8 / len(names), label=name)
+        ax.set(xticks=range(len(shapes)), xticklabels=shapes, xlabel="batch x tokens", ylabel=label)
+    axes[0].legend(fontsize="small")
+    return fig
+
+
+def plot_sweep(plt, rows: list[dict]):
+    fig, ax = plt.subplots(figsize=(7, 4.5))
+    for name in dict.fromkeys(r["name"] for r in rows):
+        here = [r for r in rows if r["name"] == name]
+        ax.plot([r["cache_mb"] for r in here], [r["tokens_per_s"] for r in here], "o-", label=name)
+    contexts = sorted(r["context"] // 1024 for r in rows)
+    title = f"{contexts[0]}k to {contexts[-1]}k tokens of context, batch {rows[0]['batch']}"
+    ax.set(xscale="log", yscale="log", xlabel="cache of one sequence, MB", ylabel="decode, tokens/s", title=title)
+    ax.legend()
+    return fig
 
 
 def tokens_of(shape: str) -> int:
