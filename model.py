@@ -679,12 +679,13 @@ class BlockCache:
             for buffer, new in zip(self.kv, (k, v), strict=True):
                 buffer[:, p : p + T] = new
             return tuple(buffer[:, : p + T] for buffer in self.kv)
-        old = torch.cat([torch.arange(min(p, M)), torch.arange(max(p - window + 1, M), max(p, M))])
+        at = torch.arange(p + T, device=k.device)  # positions, on the device: to copy them there would wait for it
+        old = self.slot(window, torch.cat([at[: min(p, M)], at[max(p - window + 1, M) : max(p, M)]]))
         n = T if p < M else min(T, window)  # what the ring keeps of this call
-        last, seen = torch.arange(p + T - n, p + T), []
+        last, seen = self.slot(window, at[p + T - n :]), []
         for buffer, new in zip(self.kv, (k, v), strict=True):
-            seen.append(torch.cat([buffer[:, self.slot(window, old).to(k.device)], new], dim=1))
-            buffer[:, self.slot(window, last).to(k.device)] = new[:, T - n :]
+            seen.append(torch.cat([buffer[:, old], new], dim=1))
+            buffer[:, last] = new[:, T - n :]
         return tuple(seen)
 
 
