@@ -14,7 +14,8 @@ Speed and memory, ours beside the peers that are installed: python bench.py WHAT
                 reads prompts of that length; a decode step starts from a cache with random contents
     roadmap     the paper's Table 1 as flags of one model (Hymba-350M's sizes): cache and decode speed beside the
                 paper's, as ratios to attention heads only
-    sweep       decode speed against cache bytes of patterns T, t, M and Hymba's, from 1k to 128k tokens
+    sweep       decode speed against cache bytes of patterns T, t, M and Hymba's, from 1k to 128k tokens of context, at
+                the largest batch that fits
     plot FILE...  pictures of what --json wrote of scan, attention, train and sweep: bench_scan.png, and so on
 
 Floors are what the hardware cannot beat: for the scan one exponential for each token, channel and state on the special
@@ -332,9 +333,12 @@ def seconds(f, repeats: int, device: torch.device) -> float:
 
 
 def decode_worker(spec: dict, device: torch.device) -> list[dict]:
-    """Decode, and prefill where the specification says so, of one model at one batch: one row for each context."""
+    """Decode, and prefill where the specification says so, of one model: one row for each context, in ascending order.
+
+    The batch is halved until it fits.
+    """
     torch.manual_seed(0)
-    B, copy = spec["batch"], None
+    B, copy, rows = spec["batch"], None, []
     if device.type == "cuda":
         a, b = torch.empty(2, 2**29, dtype=torch.uint8, device=device)
         b.copy_(a)
@@ -342,46 +346,54 @@ def decode_worker(spec: dict, device: torch.device) -> list[dict]:
         del a, b
         torch.cuda.empty_cache()
     config = dict(block_size=8192, vocab_size=32001) | spec["config"]
-    if spec.get("peer"):
-        return [transformers_worker(config, B, spec["contexts"][0], spec["prefill"], device)]
-    with device:
-        model = reference.Hymba(reference.HymbaConfig(**config)).cast(torch.bfloat16).eval()
-    rows = []
-    for context in spec["contexts"]:
-        model.new_cache(1, 1)  # runs the meta tokens, once
-        before = torch.cuda.memory_allocated() if copy else 0
-        cache = model.new_cache(B, context + 256)
-        held = torch.cuda.memory_allocated() - before if copy else cache.nbytes
-        for u in (u for pair in [*cache.kv.values(), *cache.ssm.values()] for u in pair):
-            u.normal_()
-        cache.pos += context
-        cache.longest += context
-        greedy = lambda x, cache, row: F.linear(x, model.embed.weight).float().argmax(-1)  # noqa: B023, E731
-        decoder = reference.Decoder(model, cache, cache.pos.clone().zero_(), cache.pos.clone(), greedy)
-        start = time.perf_counter()
-        for _ in range(3):
-            decoder.step()
-        first = time.perf_counter() - start
-        n, read = step_bytes(model, cache), seconds(decoder.step, spec.get("steps", 40), device)
-        row = dict(context=context, batch=B, ms_per_step=read * 1e3, tokens_per_s=B / read, read_gb=n / 1e9)
-        row |= dict(roofline=n / read / copy, copy_TBps=copy / 1e12) if copy else {}
-        row |= dict(cache_mb=held / B / 1e6, formula_mb=model.cache_bytes(context + 256) / 1e6)
-        row |= dict(params=model.num_params(), first_steps_s=first)
-        if spec.get("profile"):
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-                for _ in range(4):
-                    decoder.step()
-                torch.cuda.synchronize()
-            print(
-                profile.key_averages().table(
-                    sort_by="self_device_time_total", row_limit=35, max_name_column_width=90
-                ), file=sys.stderr,
-            )  # fmt: skip
-        del cache, decoder
-        if spec["prefill"]:
-            row |= prefill(model, min(B, 16), context)
-        rows.append(row)
+    if not spec.get("peer"):
+        with device:
+            model = reference.Hymba(reference.HymbaConfig(**config)).cast(torch.bfloat16).eval()
+    while len(rows) < len(spec["contexts"]):
+        context = spec["contexts"][len(rows)]
+        try:
+            if spec.get("peer"):
+                rows.append(transformers_row(config, B, context, spec["prefill"], device))
+            else:
+                rows.append(decode_row(model, B, context, spec, copy, device))
+        except torch.cuda.OutOfMemoryError:
+            if B == 1:
+                raise
+            B //= 2
+        if copy:
+            torch.cuda.empty_cache()
     return rows
+
+
+def decode_row(model: reference.Hymba, B: int, context: int, spec: dict, copy: float | None, device) -> dict:
+    model.new_cache(1, 1)  # runs the meta tokens, once
+    before = torch.cuda.memory_allocated() if copy else 0
+    cache = model.new_cache(B, context + 256)
+    held = torch.cuda.memory_allocated() - before if copy else cache.nbytes
+    for u in (u for pair in [*cache.kv.values(), *cache.ssm.values()] for u in pair):
+        u.normal_()
+    cache.pos += context
+    cache.longest += context
+    greedy = lambda x, cache, row: F.linear(x, model.embed.weight).float().argmax(-1)  # noqa: E731
+    decoder = reference.Decoder(model, cache, cache.pos.clone().zero_(), cache.pos.clone(), greedy)
+    start = time.perf_counter()
+    for _ in range(3):
+        decoder.step()
+    first = time.perf_counter() - start
+    n, read = step_bytes(model, cache), seconds(decoder.step, spec.get("steps", 40), device)
+    row = dict(context=context, batch=B, ms_per_step=read * 1e3, tokens_per_s=B / read, read_gb=n / 1e9)
+    row |= dict(roofline=n / read / copy, copy_TBps=copy / 1e12) if copy else {}
+    row |= dict(cache_mb=held / B / 1e6, formula_mb=model.cache_bytes(context + 256) / 1e6)
+    row |= dict(params=model.num_params(), first_steps_s=first)
+    if spec.get("profile"):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(4):
+                decoder.step()
+            torch.cuda.synchronize()
+        top = profile.key_averages()
+        print(top.table(sort_by="self_device_time_total", row_limit=35, max_name_column_width=90), file=sys.stderr)
+    del cache, decoder
+    return row | prefill(model, min(B, 16), context) if spec["prefill"] else row
 
 
 def prefill(model: reference.Hymba, B: int, T: int) -> dict:
@@ -400,7 +412,7 @@ def prefill(model: reference.Hymba, B: int, T: int) -> dict:
     return row
 
 
-def transformers_worker(config: dict, B: int, context: int, with_prefill: bool, device: torch.device) -> dict:
+def transformers_row(config: dict, B: int, context: int, with_prefill: bool, device: torch.device) -> dict:
     """The same measurements of transformers' Llama with SDPA and a static cache."""
     from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
@@ -444,19 +456,15 @@ def transformers_worker(config: dict, B: int, context: int, with_prefill: bool, 
 
 
 def run_worker(name: str, spec: dict) -> list[dict]:
-    """decode_worker in a process of its own, so that memory is clean; the batch is halved until it fits."""
-    while spec["batch"]:
-        worker = [sys.executable, __file__, "decode", f"--worker={json.dumps(spec)}"]
-        done = subprocess.run(worker, capture_output=True, text=True)
-        if spec.get("profile"):
-            print(f"--- {name}, batch {spec['batch']}\n{done.stderr}", file=sys.stderr)
-        if not done.returncode:
-            return [dict(name=name) | row for row in json.loads(done.stdout.splitlines()[-1])]
-        if "OutOfMemory" not in done.stderr:
-            print(f"{name}: failed: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
-            return []
-        spec = spec | {"batch": spec["batch"] // 2}
-    return []
+    """decode_worker in a process of its own, so that memory is clean."""
+    worker = [sys.executable, __file__, "decode", f"--worker={json.dumps(spec)}"]
+    done = subprocess.run(worker, capture_output=True, text=True)
+    if spec.get("profile"):
+        print(f"--- {name}, batch {spec['batch']}\n{done.stderr}", file=sys.stderr)
+    if done.returncode:
+        print(f"{name}: failed: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+        return []
+    return [dict(name=name) | row for row in json.loads(done.stdout.splitlines()[-1])]
 
 
 def decode_gpu(batches: list[int], names: list[str], options: dict) -> list[dict]:
@@ -490,7 +498,6 @@ def roadmap_gpu(batch: int, options: dict) -> list[dict]:
 
 
 def sweep_gpu(batch: int, options: dict) -> list[dict]:
-    batch = min(batch, 8)  # so that full attention fits at 128k tokens, too
     contexts = [2**k for k in range(10, 18)]
     patterns = {"T": "T" * 32, "t": "t" * 32, "M": "M" * 32, "Hymba": ""}
     rows = []
@@ -618,7 +625,7 @@ def plot_sweep(plt, rows: list[dict]):
         here = [r for r in rows if r["name"] == name]
         ax.plot([r["cache_mb"] for r in here], [r["tokens_per_s"] for r in here], "o-", label=name)
     contexts = sorted(r["context"] // 1024 for r in rows)
-    title = f"{contexts[0]}k to {contexts[-1]}k tokens of context, batch {rows[0]['batch']}"
+    title = f"{contexts[0]}k to {contexts[-1]}k tokens of context, the largest batch up to {rows[0]['batch']} that fits"
     ax.set(xscale="log", yscale="log", xlabel="cache of one sequence, MB", ylabel="decode, tokens/s", title=title)
     ax.legend()
     return fig
@@ -638,7 +645,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--loop", action="store_true", help="scan on a CPU: time the loop, too (minutes)")
     parser.add_argument("--configs", default="hymba_125m,hymba_125m:peers,llama_125m", help="train: which models")
     parser.add_argument("--shapes", default="16x2048,4x8192", help="train: batch x tokens")
-    parser.add_argument("--batches", default="1,16,128", help="decode: which; roadmap: the last; sweep: 8 [1,16,128]")
+    parser.add_argument("--batches", default="1,16,128", help="decode: which; roadmap, sweep: the last [1,16,128]")
     parser.add_argument("--models", default="", help="decode: which models, separated by semicolons [all]")
     parser.add_argument("--profile", action="store_true", help="decode: where a step's time goes, to stderr")
     parser.add_argument("--json", metavar="FILE", help="write the results there, too")
