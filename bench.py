@@ -251,14 +251,14 @@ def train_worker(config: str, peer: bool, B: int, T: int, steps: int = 12) -> di
         return loss
 
     start = time.perf_counter()
-    while True:  # others compile on this GPU at the same time, and may hold its memory for a moment
+    for attempt in range(40):  # others compile on this GPU at the same time, and may hold its memory for a moment
         try:
             step(), torch.cuda.synchronize()
             break
         except RuntimeError as e:  # not always an OutOfMemoryError: cuBLAS and Triton have their own
-            if not re.search("out of memory|ALLOC_FAILED", str(e)):
+            if attempt == 39 or not re.search("out of memory|ALLOC_FAILED", str(e)):
                 raise
-            optimizer.zero_grad(set_to_none=True), torch.cuda.empty_cache(), time.sleep(3)
+        optimizer.zero_grad(set_to_none=True), torch.cuda.empty_cache(), time.sleep(3)
     compile_s = time.perf_counter() - start
     torch.cuda.empty_cache()
     print("ready", flush=True)
@@ -467,7 +467,7 @@ def run_worker(name: str, spec: dict) -> list[dict]:
     return [dict(name=name) | row for row in json.loads(done.stdout.splitlines()[-1])]
 
 
-def decode_gpu(batches: list[int], names: list[str], options: dict) -> list[dict]:
+def decode_gpu(batches: list[int], names: list[str], profile: bool) -> list[dict]:
     import train
 
     _, hymba = train.parse([str(Path(__file__).parent / "config/hymba_1.5b.py")])
@@ -479,16 +479,16 @@ def decode_gpu(batches: list[int], names: list[str], options: dict) -> list[dict
         if names and name not in names:
             continue
         for batch in batches:
-            spec |= dict(batch=batch, contexts=[8192], prefill=batch in (1, 16)) | options
+            spec |= dict(batch=batch, contexts=[8192], prefill=batch in (1, 16), profile=profile)
             rows += run_worker(name, spec)
             table(rows[-1:])
     return rows
 
 
-def roadmap_gpu(batch: int, options: dict) -> list[dict]:
+def roadmap_gpu(batch: int, profile: bool) -> list[dict]:
     rows = []
     for number, (name, flags, speed, cache) in ROADMAP.items():
-        spec = dict(config=SIZE_350M | flags, batch=batch, contexts=[8192], prefill=False) | options
+        spec = dict(config=SIZE_350M | flags, batch=batch, contexts=[8192], prefill=False, profile=profile)
         rows += [row | dict(row=number, paper_speed=speed, paper_cache=cache) for row in run_worker(name, spec)]
     base = next((r for r in rows if r["row"] == 6), None)
     for r in rows if base else []:
@@ -497,14 +497,14 @@ def roadmap_gpu(batch: int, options: dict) -> list[dict]:
     return rows
 
 
-def sweep_gpu(batch: int, options: dict) -> list[dict]:
+def sweep_gpu(batch: int, profile: bool) -> list[dict]:
     contexts = [2**k for k in range(10, 18)]
     patterns = {"T": "T" * 32, "t": "t" * 32, "M": "M" * 32, "Hymba": ""}
     rows = []
     for name, pattern in patterns.items():
         meta = dict(n_meta=0 if name in "TM" else 128)
         spec = dict(config=SIZE_350M | dict(pattern=pattern, block_size=2**17) | meta, batch=batch, contexts=contexts)
-        rows += run_worker(name, spec | dict(prefill=False) | options)
+        rows += run_worker(name, spec | dict(prefill=False, profile=profile))
     return rows
 
 
@@ -610,10 +610,10 @@ def plot_bars(plt, rows: list[dict]):
     names, shapes = (list(dict.fromkeys(r[key] for r in rows)) for key in ("name", "shape"))
     for ax, key, label in zip(axes, ("tokens_per_s", "peak_gib"), ("tokens/s", "peak memory, GiB"), strict=True):
         for i, name in enumerate(names):
-            here = {
-                shapes.index(r["shape"]) + 0.8 * (i + 0.5) / len(names) - 0.4: r[key] for r in rows if r["name"] == name
-            }
-            ax.bar(here.keys(), here.values(), 0.8 / len(names), label=name)
+            here = [r for r in rows if r["name"] == name]
+            left = 0.8 * (i + 0.5) / len(names) - 0.4
+            at = [shapes.index(r["shape"]) + left for r in here]
+            ax.bar(at, [r[key] for r in here], 0.8 / len(names), label=name)
         ax.set(xticks=range(len(shapes)), xticklabels=shapes, xlabel="batch x tokens", ylabel=label)
     axes[0].legend(fontsize="small")
     return fig
@@ -680,11 +680,10 @@ def main(argv: list[str]) -> None:
         rows = train_gpu(args.configs.split(","), args.shapes.split(","))
     else:
         batches = [int(n) for n in args.batches.split(",")]
-        options = dict(profile=args.profile)
         if args.what == "decode":
-            rows = decode_gpu(batches, [n for n in args.models.split(";") if n], options)
+            rows = decode_gpu(batches, [n for n in args.models.split(";") if n], args.profile)
         else:
-            rows = {"roadmap": roadmap_gpu, "sweep": sweep_gpu}[args.what](batches[-1], options)
+            rows = {"roadmap": roadmap_gpu, "sweep": sweep_gpu}[args.what](batches[-1], args.profile)
     table([{k: v for k, v in row.items() if k != "kernels"} for row in rows])
     if args.json:
         result = {"what": args.what, "device": device, "torch": torch.__version__, "rows": rows}

@@ -1,7 +1,7 @@
 """
 The operations of model.py as Triton kernels, with the same names and signatures: selective_scan, windowed_attention,
-causal_conv and cross_entropy. Then those of inference: rope, swiglu, fuse and matvec, for what lies between matrix
-products, and for one new token a row, in place in the cache, rope_append, decode_attention, conv_step and scan_step.
+causal_conv and cross_entropy. Then those of inference: rope, swiglu and fuse, for what lies between matrix products,
+matvec, and for one new token a row, in place in the cache, rope_append, decode_attention, conv_step and scan_step.
 Optional: model.py uses them on NVIDIA GPUs from Hopper on (see usable) and runs complete without.
 
 Each kernel opens with the formula that it computes, its tiling and its floor. Those of training are PyTorch operators
@@ -483,7 +483,8 @@ def _scan_forward(
         )  # fmt: skip
     scan_forward_kernel[(n_block, n_segment, b)](
         x, dt, A, B, C, D, gate, dt_bias, state, adds, total, y, last, chunks,
-        t, d, length, *_strides(x, dt, B, C, gate), CHUNK=CHUNK, HAS_Z=has_z, SAVE=save, maxnreg=128, **tile,
+        t, d, length, *_strides(x, dt, B, C, gate), CHUNK=CHUNK, HAS_Z=has_z, SAVE=save, **tile,
+        maxnreg=128 if n <= 16 and x.element_size() == 2 else None,  # all that it needs, for 16 warps on each SM
     )  # fmt: skip
     return y, last, chunks
 
@@ -1157,8 +1158,7 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None = N
         return y, x[:, 1 - K :]
     before = x.new_zeros(B, K - 1, D) if tail is None else tail.to(x.dtype)
     first = torch.cat([before, x[:, : K - 1]], 1)  # (B, up to 2 K - 2, D)
-    if tail is not None:
-        y[:, : K - 1] = conv(first, weight, bias, K - 1)
+    y[:, : K - 1] = conv(first, weight, bias, K - 1)
     return y, (x if T >= K - 1 else first)[:, 1 - K :]
 
 
@@ -1219,16 +1219,22 @@ def cross_entropy(logits: Tensor, targets: Tensor, grad: bool) -> Tensor:
 #
 # Bound by memory (weights, caches and activations are read once) or, in small batches, by the time from one kernel's
 # end to the next one's start: some of a layer's twelve kernels take no longer than that. So these are launched before
-# their predecessor has ended (Hopper's programmatic dependent launch) and wait for it where they first read what it may
-# have written; weights, and states that no kernel since the last wait can have touched, are on their way by then.
+# their predecessor has ended (Hopper's programmatic dependent launch) and wait for it before they read what it writes
+# and before they write at all. What it does not write, weights above all, is on its way by then.
 
 
 @triton.jit
 def _wait():
-    """Until all that was launched before is done, and written. Then the next kernel may start, too, and wait."""
+    """Until all that was launched before is done, and written. Then the next kernel may start, too, and wait here."""
     if not INTERPRET:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def _rms(v, n, eps):
+    """1 / the root mean square of v's n numbers (and zeros)."""
+    return tl.rsqrt(tl.sum(v * v) / n + eps)
 
 
 @triton.jit
@@ -1286,8 +1292,8 @@ def fuse_kernel(x, y, x_scale, y_scale, out, a, b, eps, D: tl.constexpr, BD: tl.
     _wait()
     x = tl.load(x + row + d, mask=d < D, other=0.0).to(tl.float32)
     y = tl.load(y + row + d, mask=d < D, other=0.0).to(tl.float32)
-    x *= tl.rsqrt(tl.sum(x * x) / D + eps)
-    y *= tl.rsqrt(tl.sum(y * y) / D + eps)
+    x *= _rms(x, D, eps)
+    y *= _rms(y, D, eps)
     tl.store(out + row + d, (x * x_scale + y * y_scale).to(out.dtype.element_ty), mask=d < D)
 
 
@@ -1301,7 +1307,7 @@ def fuse(x: Tensor, y: Tensor, x_scale: Tensor, y_scale: Tensor, a: float, b: fl
     return out
 
 
-MATVEC_ROWS, MATVEC_SIZE = 4, 16384  # of x: at most so many rows, of at most so many numbers
+MATVEC_ROWS, MATVEC_SIZE = 4, 8192  # of x: at most so many rows, of at most so many numbers
 MATVEC_TILE, MATVEC_WARPS = 8192, 4  # numbers of a weight that a program reads, and its warps
 
 
@@ -1327,7 +1333,7 @@ def matvec_kernel(weight, up, x, scale, add, y, eps, B, m, n, x_b,
         v = tl.load(x + b * x_b + j, mask=j < n, other=0.0).to(tl.float32)
         norm = 1.0
         if NORM:
-            norm = tl.rsqrt(tl.sum(v * v) / n + eps)
+            norm = _rms(v, n, eps)
             v *= s.to(tl.float32)
         out = tl.sum(w.to(tl.float32) * v[None, :], 1) * norm
         if GATED:
@@ -1337,8 +1343,8 @@ def matvec_kernel(weight, up, x, scale, add, y, eps, B, m, n, x_b,
         tl.store(y + b * m + i, out.to(y.dtype.element_ty), mask=i < m)
 
 
-def few(x: Tensor) -> bool:
-    """Whether x (B, 1, n) is for matvec: so few rows that a matrix product is bound by the weight's bytes alone."""
+def fits_matvec(x: Tensor) -> bool:
+    """Whether x (B, 1, n) is for matvec: more rows are faster in a matrix product, longer ones do not fit a program."""
     return len(x) <= MATVEC_ROWS and x.shape[-1] <= MATVEC_SIZE
 
 
@@ -1349,6 +1355,7 @@ def matvec(
     """A linear layer of few tokens, x (B, 1, n) with weight (m, n) -> (B, 1, m) in x's dtype, and what is around it.
 
     scale (n,): x is RMS-normalised first; up (m, n): returns silu(weight x) * (up x); add (B, 1, m) is added at last.
+    All contiguous but x's rows; weight, up and scale must not be written by the kernel that was launched just before.
     """
     (m, n), B = weight.shape, len(x)
     y, BN = x.new_empty(B, 1, m), triton.next_power_of_2(n)
@@ -1544,11 +1551,6 @@ def conv_step(proj: Tensor, weight: Tensor, bias: Tensor, tail: Tensor) -> Tenso
 
 
 @triton.jit
-def _rms_norm(u, scale_ptr, n, eps, N: tl.constexpr):
-    return u * tl.rsqrt(tl.sum(u * u) / N + eps) * tl.load(scale_ptr + n, mask=n < N, other=0.0).to(tl.float32)
-
-
-@triton.jit
 def scan_step_kernel(x, dt, A_log, BC, D_skip, z, bias, state, B_scale, C_scale, y, eps, D,
                      x_b, dt_b, BC_b, z_b, state_b,
                      N: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, NORM: tl.constexpr):  # fmt: skip
@@ -1570,8 +1572,8 @@ def scan_step_kernel(x, dt, A_log, BC, D_skip, z, bias, state, B_scale, C_scale,
     Bt = tl.load(BC + b * BC_b + n, mask=n < N, other=0.0).to(tl.float32)
     Ct = tl.load(BC + b * BC_b + N + n, mask=n < N, other=0.0).to(tl.float32)
     if NORM:
-        Bt = _rms_norm(Bt, B_scale, n, eps, N)
-        Ct = _rms_norm(Ct, C_scale, n, eps, N)
+        Bt *= _rms(Bt, N, eps) * tl.load(B_scale + n, mask=n < N, other=0.0).to(tl.float32)
+        Ct *= _rms(Ct, N, eps) * tl.load(C_scale + n, mask=n < N, other=0.0).to(tl.float32)
     h = tl.exp2(LOG2E * step[:, None] * A) * h + (step * u)[:, None] * Bt[None, :]
     tl.store(state, h, mask=here)
     out = tl.sum(h * Ct[None, :], 1) + tl.load(D_skip + d, mask=in_d, other=0.0) * u

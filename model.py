@@ -129,9 +129,22 @@ def use_kernels(wanted: bool, x: Tensor) -> bool:
     return wanted and kernels is not None and kernels.usable(x)
 
 
-def use_inference_kernels(wanted: bool, x: Tensor) -> bool:
-    """The same for kernels without a backward pass. (In training, torch.compile fuses what they do.)"""
-    return not torch.is_grad_enabled() and not torch.compiler.is_compiling() and use_kernels(wanted, x)
+def use_inference_kernels(wanted: bool, x: Tensor, *modules: nn.Module) -> bool:
+    """The same for kernels without a backward pass, which do what modules and those in them do.
+
+    Not under torch.compile, which fuses such operations itself; and not where a module was replaced (by LoRA's layers,
+    say), hooked or quantised, which the kernels would pass over.
+    """
+    ours = nn.Linear, nn.Identity, RMSNorm, HybridHeads, FeedForward
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not use_kernels(wanted, x):
+        return False
+    for module in (u for v in modules for u in v.modules()):
+        weight = getattr(module, "weight", None)
+        plain = weight is None or (type(weight) is nn.Parameter and weight.is_contiguous())
+        hooked = module._forward_hooks or module._forward_pre_hooks
+        if type(module) not in ours or not plain or hooked or getattr(module, "bias", None) is not None:
+            return False
+    return True
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -364,16 +377,15 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
-def use_matvec(x: Tensor, *layers: nn.Module) -> bool:
-    """Whether kernels.matvec is for x (B, 1, C): few rows, and no other module (LoRA's, say) in a layer's place."""
-    return kernels.few(x) and all(type(layer) is nn.Linear for layer in layers)
+def scale_of(norm: nn.Module | None) -> tuple[Tensor | None, float]:
+    """An RMSNorm's scale and eps, (None, 0) of no norm."""
+    return (norm.weight, norm.eps) if isinstance(norm, RMSNorm) else (None, 0.0)
 
 
 def linear_step(layer: nn.Module, x: Tensor, norm: nn.Module | None = None, add: Tensor | None = None) -> Tensor:
     """layer(norm(x)) + add for one token a row, x (B, 1, C): of few rows, all of it in one kernel."""
-    if use_matvec(x, layer):
-        scale, eps = (norm.weight, norm.eps) if isinstance(norm, RMSNorm) else (None, 0.0)
-        return kernels.matvec(x, layer.weight, None, scale, eps, add)
+    if kernels.fits_matvec(x):
+        return kernels.matvec(x, layer.weight, None, *scale_of(norm), add)
     y = layer(x if norm is None else norm(x))
     return y if add is None else add + y
 
@@ -501,7 +513,7 @@ class HybridHeads(nn.Module):
         weights, norms = FUSE[self.fusion], (self.attn_norm, self.ssm_norm)
         if weights is None:
             return torch.cat([self.attn_norm(y), self.ssm_norm(s)], dim=-1)
-        if use_inference_kernels(self.kernels, y):
+        if use_inference_kernels(self.kernels, y, *norms) and all(isinstance(norm, RMSNorm) for norm in norms):
             return kernels.fuse(y, s, *(norm.weight for norm in norms), *weights, self.eps)
         return weights[0] * self.attn_norm(y) + weights[1] * self.ssm_norm(s)
 
@@ -552,8 +564,8 @@ class FeedForward(nn.Module):
 
     def step(self, x, norm):
         """norm, forward and the residual addition for one new token a row, x (B, 1, C)."""
-        if use_matvec(x, self.gate_proj, self.up_proj):
-            h = kernels.matvec(x, self.gate_proj.weight, self.up_proj.weight, norm.weight, norm.eps)
+        if kernels.fits_matvec(x):
+            h = kernels.matvec(x, self.gate_proj.weight, self.up_proj.weight, *scale_of(norm))
         else:
             h = norm(x)
             h = kernels.swiglu(self.gate_proj(h), self.up_proj(h))
@@ -567,13 +579,14 @@ class Block(nn.Module):
         super().__init__()
         self.mixer_norm = RMSNorm(config.n_embd, config.norm_eps)
         self.mixer = HybridHeads(config, layer)
+        self.kernels = self.mixer.kernels
         self.ffn = None
         if config.n_hidden:
             self.ffn_norm = RMSNorm(config.n_embd, config.norm_eps)
-            self.ffn = FeedForward(config, self.mixer.kernels)
+            self.ffn = FeedForward(config, self.kernels)
 
     def forward(self, x, rope, kv, cache):
-        if cache is not None and x.shape[1] == 1 and use_inference_kernels(self.mixer.kernels, x):
+        if cache is not None and x.shape[1] == 1 and use_inference_kernels(self.kernels, x, *self.children()):
             return self.step(x, rope, cache), kv
         y, kv = self.mixer(self.mixer_norm(x), rope, kv, cache)
         x = x + y
@@ -582,7 +595,7 @@ class Block(nn.Module):
         return x, kv  # (B, T, C)
 
     def step(self, x, rope, cache):
-        """forward for one new token a row, x (B, 1, C): the cache has its keys and values already."""
+        """forward for one new token a row, x (B, 1, C); keys and values go through the cache, so none are handed on."""
         y = self.mixer.step(linear_step(self.mixer.in_proj, x, self.mixer_norm), rope, cache)
         x = linear_step(self.mixer.out_proj, y, add=x)
         return x if self.ffn is None else self.ffn.step(x, self.ffn_norm)
@@ -679,10 +692,11 @@ class BlockCache:
             for buffer, new in zip(self.kv, (k, v), strict=True):
                 buffer[:, p : p + T] = new
             return tuple(buffer[:, : p + T] for buffer in self.kv)
-        at = torch.arange(p + T, device=k.device)  # positions, on the device: to copy them there would wait for it
-        old = self.slot(window, torch.cat([at[: min(p, M)], at[max(p - window + 1, M) : max(p, M)]]))
+        on = dict(device=k.device)  # where slots are made: the host would wait to copy them there
+        old = torch.cat([torch.arange(min(p, M), **on), torch.arange(max(p - window + 1, M), max(p, M), **on)])
         n = T if p < M else min(T, window)  # what the ring keeps of this call
-        last, seen = self.slot(window, at[p + T - n :]), []
+        old, last = self.slot(window, old), self.slot(window, torch.arange(p + T - n, p + T, **on))
+        seen = []
         for buffer, new in zip(self.kv, (k, v), strict=True):
             seen.append(torch.cat([buffer[:, old], new], dim=1))
             buffer[:, last] = new[:, T - n :]

@@ -411,14 +411,14 @@ def test_kernels_between_products(case, dtype, device, poisoned):
 @on_device
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("B, m, n", [(1, 1, 1), (3, 21, 100), (2, 70, 1600)])
+@pytest.mark.parametrize("B, m, n", [(1, 1, 1), (4, 21, 100), (2, 7, 5504)])
 def test_matvec_kernel(B, m, n, gated, dtype, device, poisoned):
     """Alone, and with all that it takes along; the vectors are a slice of something wider."""
     g = torch.Generator().manual_seed(n)
     r = lambda *shape: torch.randn(*shape, generator=g).to(device, dtype)  # noqa: E731
     x, weight, up, scale, add = r(B, 1, n + 3)[..., :n], r(m, n), r(m, n) if gated else None, r(n), r(B, 1, m)
-    assert kernels.few(x) and not kernels.few(x.repeat(9, 1, 1))
-    for norm, residual in ((None, None), (scale, add)):
+    assert kernels.fits_matvec(x) and not kernels.fits_matvec(x.repeat(9, 1, 1))
+    for weight, norm, residual in ((weight, None, None), (weight.float(), scale, add)):
         v = x.double() if norm is None else F.rms_norm(x.double(), (n,), norm.double(), 1e-6)
         expected = v @ weight.double().t()
         expected = F.silu(expected) * (v @ up.double().t()) if gated else expected
@@ -1384,22 +1384,42 @@ def test_a_cache_after_a_stop_token_has_seen_all_that_was_yielded():
         assert answer == free[: free.index(stop)] and cache.pos.tolist() == [5 + 9 + len(answer)]
 
 
-@on_device
-@pytest.mark.parametrize("pattern, fusion, rows", [("HM", "mean", 1), ("ht", "diff", 5), ("hT", "concat", 2)])
-def test_inference_kernels_in_a_model(pattern, fusion, rows, device):
-    """A prompt in two pieces, then single tokens, by kernels and without; and layers that are not nn.Linear."""
+def replaced(model: Hymba, how: str) -> Hymba:
+    """With something in it that the kernels of one-token steps know nothing of."""
 
     class Doubled(torch.nn.Linear):
         def forward(self, x):
             return 2 * super().forward(x)
 
+    a, b = model.blocks
+    if how == "layers":
+        a.mixer.out_proj.__class__ = b.ffn.up_proj.__class__ = Doubled
+        a.ffn.down_proj.bias = torch.nn.Parameter(torch.ones_like(b.ffn_norm.weight))
+    elif how == "norms":
+        a.mixer_norm = torch.nn.LayerNorm(len(a.mixer_norm.weight)).to(a.mixer_norm.weight.device)
+        a.mixer.attn_norm, b.ffn_norm = torch.nn.Identity(), torch.nn.Identity()
+    elif how == "parts":
+        a.mixer.out_proj.register_forward_hook(lambda module, args, out: 2 * out)
+        b.mixer.in_proj.weight = torch.nn.Parameter(b.mixer.in_proj.weight.t().contiguous().t())
+        b.ffn = torch.nn.Sequential(b.ffn.gate_proj, torch.nn.Linear(40, 32, bias=False))
+        b.ffn[1].weight.detach().fill_(0.1)
+        b.ffn.to(b.ffn_norm.weight.device)
+    return model
+
+
+@on_device
+@pytest.mark.parametrize(
+    "pattern, fusion, rows, how",
+    [("HM", "mean", 1, ""), ("ht", "diff", 5, ""), ("hT", "concat", 2, "layers"), ("hM", "mean", 2, "norms"),
+     ("HM", "mean", 3, "parts")],
+)  # fmt: skip
+def test_inference_kernels_in_a_model(pattern, fusion, rows, how, device):
+    """A prompt in two pieces, then single tokens, by kernels and without, also where parts are not ours."""
     sizes = dict(n_embd=32, n_head=2, n_kv_head=1, n_hidden=40, n_meta=3, window=4, vocab_size=50, fusion=fusion)
     idx, outputs = tokens(rows, 9, vocab=50).to(device), []
     for on in (True, False):
-        model = small(pattern, **sizes, kernels=on).to(device)
-        assert model.blocks[0].mixer.kernels == model.blocks[0].ffn.kernels == on
-        if fusion == "concat":
-            model.blocks[0].mixer.out_proj.__class__ = model.blocks[1].ffn.up_proj.__class__ = Doubled
+        model = replaced(small(pattern, **sizes, kernels=on).to(device), how)
+        assert model.blocks[0].kernels == model.blocks[0].mixer.kernels == on
         cache = model.new_cache(rows, 12)
         with torch.no_grad():
             outputs.append(torch.cat([model(u, cache=cache)[0] for u in idx.split([4, 2, 1, 1, 1], dim=1)], 1))
@@ -1452,7 +1472,8 @@ def test_cast_keeps_what_must_be_float32():
 def test_captured_steps_equal_the_reference(pattern):
     """CUDA graphs, across growing caches and halved batches: the tokens of the plain model."""
     sizes = dict(n_embd=256, n_head=4, n_kv_head=2, n_hidden=512, n_meta=16, window=64, vocab_size=512)
-    fast, slow = (small(pattern, **sizes, kernels=on).cuda() for on in (True, False))
+    # seed 30: the two likeliest tokens are never nearer than 2e-3, a thousand times float32's error; seed 0: once 1e-6
+    fast, slow = (small(pattern, 30, **sizes, kernels=on).cuda() for on in (True, False))
     prompts = [tokens(n, vocab=512, seed=n).tolist() for n in (3, 200, 77, 30)]
     for n, options in ((200, dict(temperature=0)), (200, dict(temperature=0, stop=5)), (60, dict(seed=5, top_p=0.9))):
         expected = list(slow.generate(prompts, n, **options))
