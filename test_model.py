@@ -418,11 +418,11 @@ def test_matvec_kernel(B, m, n, gated, dtype, device, poisoned):
     r = lambda *shape: torch.randn(*shape, generator=g).to(device, dtype)  # noqa: E731
     x, weight, up, scale, add = r(B, 1, n + 3)[..., :n], r(m, n), r(m, n) if gated else None, r(n), r(B, 1, m)
     assert kernels.fits_matvec(x) and not kernels.fits_matvec(x.repeat(9, 1, 1))
-    for weight, norm, residual in ((weight, None, None), (weight.float(), scale, add)):
+    for w, norm, residual in ((weight, None, None), (weight.float(), scale, add)):
         v = x.double() if norm is None else F.rms_norm(x.double(), (n,), norm.double(), 1e-6)
         expected = v @ weight.double().t()
         expected = F.silu(expected) * (v @ up.double().t()) if gated else expected
-        y = kernels.matvec(x, weight, up, norm, 1e-6, residual)
+        y = kernels.matvec(x, w, up, norm, 1e-6, residual)
         assert y.dtype == dtype and error(y, expected + (0 if residual is None else residual)) < BOUNDS[dtype][0]
 
 
