@@ -692,7 +692,7 @@ class BlockCache:
             for buffer, new in zip(self.kv, (k, v), strict=True):
                 buffer[:, p : p + T] = new
             return tuple(buffer[:, : p + T] for buffer in self.kv)
-        on = dict(device=k.device)  # where slots are made: the host would wait to copy them there
+        on = dict(device=k.device)  # slots are made where they are used: the host would wait for a copy
         old = torch.cat([torch.arange(min(p, M), **on), torch.arange(max(p - window + 1, M), max(p, M), **on)])
         n = T if p < M else min(T, window)  # what the ring keeps of this call
         old, last = self.slot(window, old), self.slot(window, torch.arange(p + T - n, p + T, **on))
