@@ -864,6 +864,8 @@ class Hymba(nn.Module):
         if cache is not None and not len(prompts) == len(cache.pos) == 1:
             raise ValueError(f"{len(prompts)} prompts, {len(cache.pos)} cache rows: only one prompt continues one row")
         device = self.embed.weight.device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():  # kernels and graphs go to that one
+            raise ValueError(f"the model is on {device}: call torch.cuda.set_device({device.index}) before generate")
         rows = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # the prompt of each row of the batch
         room = len(prompts[rows[-1]]) + (256 if max_new_tokens is None else min(max_new_tokens, 4096))
         ahead = cache is None
