@@ -27,9 +27,10 @@ INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")  # kern
 
 
 def usable(x: Tensor) -> bool:
-    """Whether the kernels run on x: not in float64, and on Hopper or later (they load through its tensor memory
-    accelerator)."""
-    there = INTERPRET.value or (x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0))
+    """Whether the kernels run on x: not in float64, and on NVIDIA's Hopper or later, as they load through its tensor
+    memory accelerator. (An AMD GPU calls itself cuda, too.)"""
+    nvidia = x.is_cuda and torch.version.hip is None
+    there = INTERPRET.value or (nvidia and torch.cuda.get_device_capability(x.device) >= (9, 0))
     return there and x.dtype != torch.float64
 
 

@@ -493,6 +493,17 @@ def test_scan_step_of_a_model_that_is_float16_throughout(device, poisoned):
     assert all(error(a, b) < 1e-6 for a, b in zip(*outputs, strict=True))
 
 
+@pytest.mark.skipif(not kernels, reason="pip install triton==3.6.0")
+@pytest.mark.parametrize(
+    "capability, hip, expected", [((9, 0), None, True), ((8, 9), None, False), ((9, 4), "6.4", False)]
+)
+def test_gpus_that_the_kernels_run_on(capability, hip, expected, monkeypatch):
+    monkeypatch.setattr(kernels, "INTERPRET", kernels.tl.constexpr(False))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert kernels.usable(types.SimpleNamespace(is_cuda=True, device="cuda", dtype=torch.bfloat16)) == expected
+
+
 @on_device
 def test_float64_uses_the_reference(device):
     a, b = (small("hHMtT", n_head=2, n_kv_head=1, kernels=on).double().to(device) for on in (True, False))
