@@ -1309,7 +1309,7 @@ def fuse(x: Tensor, y: Tensor, x_scale: Tensor, y_scale: Tensor, a: float, b: fl
 
 
 MATVEC_ROWS, MATVEC_SIZE = 4, 8192  # of x: at most so many rows, of at most so many numbers
-MATVEC_TILE, MATVEC_WARPS = 8192, 4  # numbers of a weight that a program reads, and its warps
+MATVEC_TILE = 8192  # numbers of a weight that a program reads
 
 
 @triton.jit
@@ -1363,7 +1363,7 @@ def matvec(
     BM = max(1, min(8, MATVEC_TILE // BN // (1 if up is None else 2)))
     matvec_kernel[(triton.cdiv(m, BM),)](
         weight, up, x, scale, add, y, eps, B, m, n, x.stride(0),
-        BM, BN, up is not None, scale is not None, add is not None, num_warps=MATVEC_WARPS, launch_pdl=True,
+        BM, BN, up is not None, scale is not None, add is not None, launch_pdl=True,
     )  # fmt: skip
     return y
 

@@ -1954,6 +1954,14 @@ def test_a_gpu_called_by_its_number_becomes_the_current_one(monkeypatch):
     assert current == [torch.device("cuda:1")]
 
 
+def test_generate_refuses_a_gpu_that_is_not_the_current_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    weight = types.SimpleNamespace(device=torch.device("cuda:1"))
+    model = types.SimpleNamespace(config=HymbaConfig(**SMALL, pattern="T"), embed=types.SimpleNamespace(weight=weight))
+    with pytest.raises(ValueError, match=r"on cuda:1: call torch.cuda.set_device\(1\) before generate"):
+        next(Hymba.generate(model, [[1]]))
+
+
 def test_jsonl_lines_come_as_soon_as_they_can():
     """Rows end in the order 1, 2, 0, 3: nothing is written before row 0 has ended, then three lines at once."""
     tokenizer, printed = prepare.load_tokenizer("bytes", "."), []
@@ -2005,6 +2013,24 @@ def test_bench_counts_a_step_s_bytes():
     assert abs(row["read_gb"] * 1e9 - weights - 2 * (kv + ssm)) < 1
     assert row["cache_mb"] == row["formula_mb"] == model.cache_bytes(16 + 256) / 1e6
     assert {"ms_per_step", "tokens_per_s"} < set(row)
+
+
+def test_bench_halves_a_batch_until_it_fits(monkeypatch):
+    import bench
+
+    def row(model, B, context, *rest):
+        tried.append((context, B))
+        if B * context > 100:
+            raise torch.cuda.OutOfMemoryError("no room")
+        return dict(context=context, batch=B)
+
+    tried = []
+    monkeypatch.setattr(bench, "decode_row", row)
+    spec = dict(config=SMALL | dict(pattern="t"), batch=8, contexts=[10, 20, 100], prefill=False)
+    assert [r["batch"] for r in bench.decode_worker(spec, torch.device("cpu"))] == [8, 4, 1]
+    assert tried == [(10, 8), (20, 8), (20, 4), (100, 4), (100, 2), (100, 1)]
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        bench.decode_worker(spec | {"contexts": [101]}, torch.device("cpu"))
 
 
 def test_bench_plot_says_what_it_cannot_show(tmp_path):
