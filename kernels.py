@@ -199,7 +199,7 @@ def scan_forward_kernel(
     """h_t = exp(dt_t A) h_{t-1} + u_t B_t, y_t = (C_t . h_t + D x_t) silu(z_t), u_t = dt_t x_t.
 
     Grid (D / BD, segments, B). Per (token, channel, state): 1 exp2, which holds its unit for 8 cycles a warp, and about
-    10 other instructions: dt A, u B, a h + u B, C h (summed over 4 states in the thread, then 4 lanes by shuffles), and
+    8 other instructions: dt A, u B, a h + u B, C h (summed over 4 states in the thread, then 4 lanes by shuffles), and
     a sixteenth of what a (token, channel) needs: loads, softplus, gate. Small tiles, one warp a program, many programs:
     T is walked in order, so what hides the latency of this warp's chain is other channels' warps. (The other way
     round, lanes over time and a scan across them, needs as many instructions and was slower.) SAVE keeps h before each
@@ -445,10 +445,15 @@ def _tiles(n: int, channels: int, lanes: int, tokens: int) -> dict:
     return dict(N=n, BN=bn, BD=channels * lanes, K=channels, TT=min(tokens, CHUNK), num_warps=1)
 
 
-def _segments(n_program: int, t: int) -> tuple[int, int]:
+FULL = 800  # one-warp programs that fill the chip: six on each of an H100's 132 multiprocessors
+
+
+def _segments(n_program: int, t: int, room: int) -> tuple[int, int]:
     """Into how many segments, of how many tokens, to cut T: one where batch and channels alone fill the chip, because
-    segments cost each exponential twice; else enough for about 6400 one-warp programs."""
-    n_segment = 1 if n_program >= 800 else max(1, min(6400 // n_program, t // 512))
+    segments cost each exponential twice. Else so many, of 512 tokens or more, that the chip, with room for so many
+    programs on a multiprocessor, is done in the least time: no last wave that leaves most of it idle."""
+    most = 1 if n_program >= FULL else max(1, t // 512)
+    n_segment = min(range(1, most + 1), key=lambda n: (triton.cdiv(n_program * n, 132 * room) / n, -n))
     length = triton.cdiv(triton.cdiv(t, n_segment), CHUNK) * CHUNK
     return triton.cdiv(t, length), length
 
@@ -468,24 +473,29 @@ def _scan_forward(
     y = x.new_empty(b, t, d)
     last = torch.empty(b, d, n, **f32)
     chunks = torch.empty(b, triton.cdiv(t, CHUNK) if save else 0, n, d, dtype=_memory_dtype(x), device=x.device)
-    x, dt, B, C, z = map(_rows, (x, dt, B, C, z))
+    x, dt, B, C, z = map(_rows, (x, dt, B.float(), C.float(), z))  # every program reads B and C: converted once
     A = A.t().contiguous()  # (N, D): channels contiguous here too
     state = torch.zeros(b, n, d, **f32) if state is None else state.transpose(1, 2).contiguous()
     D, dt_bias = (torch.zeros(d, **f32) if u is None else u for u in (D, dt_bias))
     gate, has_z = (x, False) if z is None else (z, True)
-    tile = _tiles(n, 2, 8, 8)
+    # Four channels to a thread are the fastest; two make twice as many programs, which may save the segments. Left
+    # alone, the compiler takes 168 registers: 12 programs fit on a multiprocessor. With these, 14 or 16 do.
+    tile, narrow, registers = _tiles(n, 4, 8, 4), _tiles(n, 2, 8, 8), 144 if save else 128
+    if b * triton.cdiv(d, tile["BD"]) < FULL <= b * triton.cdiv(d, narrow["BD"]):
+        tile, registers = narrow, None
     n_block = triton.cdiv(d, tile["BD"])
-    n_segment, length = _segments(b * n_block, t)
+    n_segment, length = _segments(b * n_block, t, 14 if save else 16)
     adds, total = torch.empty(b, n_segment - 1, n, d, **f32), torch.empty(b, n_segment - 1, d, **f32)
     if n_segment > 1:
-        scan_segment_kernel[(n_block, n_segment - 1, b)](
+        segment = _tiles(n, 2, 8, 4)
+        scan_segment_kernel[(triton.cdiv(d, segment["BD"]), n_segment - 1, b)](
             x, dt, A, B, x, dt_bias, adds, total, t, d, length, *_strides(x, dt, B, x),
-            HAS_Z=False, REVERSE=False, **_tiles(n, 2, 8, 4),
+            HAS_Z=False, REVERSE=False, **segment,
         )  # fmt: skip
     scan_forward_kernel[(n_block, n_segment, b)](
         x, dt, A, B, C, D, gate, dt_bias, state, adds, total, y, last, chunks,
         t, d, length, *_strides(x, dt, B, C, gate), CHUNK=CHUNK, HAS_Z=has_z, SAVE=save, **tile,
-        maxnreg=128 if n <= 16 and x.element_size() == 2 else None,  # all that it needs, for 16 warps on each SM
+        maxnreg=registers if n <= 16 and x.element_size() == 2 else None,
     )  # fmt: skip
     return y, last, chunks
 
@@ -515,7 +525,7 @@ def _scan_backward(
     gate, has_z = (x, False) if z is None else (z, True)
     tile = _tiles(n, 2, 8, 4)
     n_block = triton.cdiv(d, tile["BD"])
-    n_segment, length = _segments(b * n_block, t)
+    n_segment, length = _segments(b * n_block, t, 8)
     adds, total = torch.empty(b, n_segment, n, d, **f32), torch.empty(b, n_segment, d, **f32)
     if n_segment > 1:
         scan_segment_kernel[(n_block, n_segment, b)](

@@ -7,6 +7,7 @@ import base64
 import collections
 import hashlib
 import http.client
+import itertools
 import json
 import math
 import os
@@ -257,9 +258,22 @@ def test_scan_kernel(case, dtype, device, poisoned, monkeypatch):
     N = [16, 5, 1, 16, 33, 16][case] if device == "cuda" else [16, 5, 1, 16, 3, 16][case]
     given = {k: bool(rng.integers(2)) or case == 0 for k in ("D", "z", "dt_bias", "state")}
     if case % 2:  # in segments, as few channels and many tokens are
-        monkeypatch.setattr(kernels, "_segments", lambda n, t: (-(-t // 16), 16))
-    inputs = scan_inputs(int(rng.integers(1, 3)), T[case], D, N, case, given)
+        monkeypatch.setattr(kernels, "_segments", lambda n, t, room: (-(-t // 16), 16))
+    B = int(rng.integers(1, 3))
+    if case % 3 == 0:  # two channels to a thread, as where four leave too few programs
+        monkeypatch.setattr(kernels, "FULL", B * -(-D // kernels._tiles(N, 2, 8, 8)["BD"]))
+    inputs = scan_inputs(B, T[case], D, N, case, given)
     check(kernels.selective_scan, scan_loop, inputs, dtype, device)
+
+
+@pytest.mark.skipif(not kernels, reason="pip install triton==3.6.0")
+@pytest.mark.parametrize("room", [8, 14, 16])
+def test_scan_segments(room):
+    """They cover T, in whole chunks, and none of them is short; a chip that is full needs none."""
+    for n_program, T in itertools.product([1, 100, 400, 799, 800, 5000], [1, 511, 1024, 8320, 65537]):
+        n_segment, length = kernels._segments(n_program, T, room)
+        assert (n_segment - 1) * length < T <= n_segment * length and length % kernels.CHUNK == 0
+        assert n_segment == 1 if n_program >= 800 or T < 1024 else length >= 512
 
 
 @on_device
@@ -1507,7 +1521,7 @@ def test_long_prompts_need_bounded_memory():
     peaks = []
     for n in (2**15, 2**17):
         prompt = tokens(n, vocab=32001).tolist()
-        list(model.generate([prompt[:100]], 2))
+        list(model.generate([prompt[:100]], 4))  # captures a step: cuBLAS keeps a workspace for that
         torch.cuda.reset_peak_memory_stats()
         list(model.generate([prompt], 4))
         peaks.append(torch.cuda.max_memory_allocated() - model.cache_bytes(n + 4))
