@@ -273,7 +273,8 @@ def test_scan_segments(room):
     for n_program, T in itertools.product([1, 100, 400, 799, 800, 5000], [1, 511, 1024, 8320, 65537]):
         n_segment, length = kernels._segments(n_program, T, room)
         assert (n_segment - 1) * length < T <= n_segment * length and length % kernels.CHUNK == 0
-        assert n_segment == 1 if n_program >= 800 or T < 1024 else length >= 512
+        alone, at_once = n_program >= 800 or T < 256, n_program * n_segment <= 132 * room
+        assert n_segment == 1 if alone else length >= (128 if at_once else 512)
 
 
 @on_device
