@@ -12,6 +12,7 @@ Letters: B batch, T tokens (queries), S keys, D inner width (channels), N SSM st
 R = H / G query heads per key/value head, E query/key head size, F value head size, M meta tokens, W window, K taps.
 """
 
+import functools
 import math
 import os
 
@@ -448,6 +449,7 @@ def _tiles(n: int, channels: int, lanes: int, tokens: int) -> dict:
 FULL = 800  # one-warp programs that fill the chip: six on each of an H100's 132 multiprocessors
 
 
+@functools.lru_cache
 def _segments(n_program: int, t: int, room: int) -> tuple[int, int]:
     """Into how many segments, of how many tokens, to cut T: one where batch and channels alone fill the chip, because
     segments cost each exponential twice. Else so many, of 512 tokens or more, that the chip, with room for so many
