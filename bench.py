@@ -591,6 +591,7 @@ def plot_times(plt, rows: list[dict]):
     masks, names = (list(dict.fromkeys(r.get(key, "") for r in rows)) for key in ("mask", "name"))
     fig, axes = plt.subplots(len(masks), 2, figsize=(10, 1 + 3 * len(masks)), squeeze=False)
     sizes = sorted({tokens_of(r["shape"]) for r in rows})
+    ticks = [n for i, n in enumerate(sizes) if i == 0 or n > 1.5 * sizes[i - 1]]
     for mask, pair in zip(masks, axes, strict=True):
         for ax, key, label in zip(pair, ("fwd", "bwd"), ("forward", "backward"), strict=True):
             for name in names:
@@ -603,7 +604,7 @@ def plot_times(plt, rows: list[dict]):
                 if key == "fwd" and name == "ours" and None not in floors:
                     ax.plot(here.keys(), floors, "k--", label="floor")
             ax.set(xscale="log", yscale="log", xlabel="tokens", ylabel=f"{label}, ms", title=mask)
-            ax.set_xticks(sizes, [f"{n:,}" for n in sizes])
+            ax.set_xticks(ticks, [f"{n:,}" for n in ticks])
             ax.set_xticks([], minor=True)
             ax.legend(fontsize="small")
     return fig
@@ -627,13 +628,14 @@ def plot_sweep(plt, rows: list[dict]):
     fig, ax = plt.subplots(figsize=(7, 4.5))
     for name in dict.fromkeys(r["name"] for r in rows):
         here = [r for r in rows if r["name"] == name]
-        ax.plot([r["cache_mb"] for r in here], [r["tokens_per_s"] for r in here], "o-", label=name)
+        (line,) = ax.plot([r["cache_mb"] for r in here], [r["tokens_per_s"] for r in here], "o-", label=name)
         for r in here[:: len(here) - 1] if here[-1]["cache_mb"] > 2 * here[0]["cache_mb"] else []:
-            end = (r["cache_mb"], r["tokens_per_s"])
-            ax.annotate(f"{r['context'] // 1024}k", end, (0, 7), textcoords="offset points", ha="center")
+            text, end = f"{r['context'] // 1024}k", (r["cache_mb"], r["tokens_per_s"])
+            ax.annotate(text, end, (-4, -14), textcoords="offset points", ha="right", color=line.get_color())
     contexts = sorted(r["context"] // 1024 for r in rows)
     title = f"{contexts[0]}k to {contexts[-1]}k tokens of context, the largest batch up to {rows[0]['batch']} that fits"
     ax.set(xscale="log", yscale="log", xlabel="cache of one sequence, MB", ylabel="decode, tokens/s", title=title)
+    ax.margins(y=0.1)
     ax.legend()
     return fig
 

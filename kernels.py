@@ -12,7 +12,6 @@ Letters: B batch, T tokens (queries), S keys, D inner width (channels), N SSM st
 R = H / G query heads per key/value head, E query/key head size, F value head size, M meta tokens, W window, K taps.
 """
 
-import functools
 import math
 import os
 
@@ -449,15 +448,14 @@ def _tiles(n: int, channels: int, lanes: int, tokens: int) -> dict:
 FULL = 800  # one-warp programs that fill the chip: six on each of an H100's 132 multiprocessors
 
 
-@functools.lru_cache
 def _segments(n_program: int, t: int, room: int) -> tuple[int, int]:
     """Into how many segments, of how many tokens, to cut T: one where batch and channels alone fill the chip, because
     segments cost each exponential twice. Else so many, of 512 tokens or more, that the chip, with room for so many
     programs on a multiprocessor, is done in the least time: no last wave that leaves most of it idle. They may be as
-    short as 128 tokens as long as all of them run at once."""
+    short as 128 tokens as long as all of them run at once. Each looks at all before it, hence 128 at the most."""
     slots = 132 * room
-    most = 1 if n_program >= FULL else max(1, t // 512, min(t // 128, slots // n_program))
-    n_segment = min(range(1, most + 1), key=lambda n: (triton.cdiv(n_program * n, slots) / n, -n))
+    most = 1 if n_program >= FULL else min(128, max(1, t // 512, min(t // 128, slots // n_program)))
+    n_segment = min(range(1, most + 1), key=lambda n: (-(-n_program * n // slots) / n, -n))
     length = triton.cdiv(triton.cdiv(t, n_segment), CHUNK) * CHUNK
     return triton.cdiv(t, length), length
 
