@@ -971,9 +971,9 @@ def released_shapes(c: dict) -> dict[str, tuple[int, ...]]:
 def write_released(folder: Path, c: dict, shards: int = 1, dtype=torch.float32, **changed) -> dict[str, torch.Tensor]:
     """A random checkpoint for config.json c; in changed, a tensor by its name, or None to leave it out."""
     g = torch.Generator().manual_seed(0)
-    tensors = {name: torch.randn(shape, generator=g) * 0.2 + (len(shape) == 1 and "bias" not in name)
+    tensors = {name: (torch.randn(shape, generator=g) * 0.2 + (len(shape) == 1 and "bias" not in name)).to(dtype)
                for name, shape in released_shapes(c).items()}  # fmt: skip
-    tensors = {name: t.to(dtype) for name, t in (tensors | changed).items() if t is not None}
+    tensors = {name: t for name, t in (tensors | changed).items() if t is not None}
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(c))
     files = ["model.safetensors"]
@@ -1137,6 +1137,7 @@ Q_PROJ, CONV = "model.layers.1.self_attn.q_proj.weight", "backbone.layers.0.mixe
         ("llama", {"lm_head.weight": None}, "missing lm_head.weight$"),
         ("mamba", {CONV: torch.ones(64, 5)}, rf"{CONV} of shape \(64, 5\), not \(64, 1, 5\)$"),
         ("hymba", {"model.memory_tokens": None, "more": torch.ones(1)}, "missing model.memory_tokens, .* more$"),
+        ("llama", {Q_PROJ: torch.ones(32, 32).to(torch.int8)}, f"{Q_PROJ} of torch.int8: quantised weights are not"),
     ],
 )
 def test_released_tensors_that_do_not_fit(kind, tensors, message, shards, tmp_path):
@@ -1152,6 +1153,7 @@ def test_released_tensors_that_do_not_fit(kind, tensors, message, shards, tmp_pa
         ("hymba", {"model_type": None}, "model_type=None is not supported"),
         ("hymba", {"kv_reuse_group": [[1, 2], [4, 5]]}, r"kv_reuse_group=\[\[1, 2\], \[4, 5\]\] .* only .* \[4, 5, 6"),
         ("hymba", {"rope_type": "yarn"}, "rope_type='yarn' is not supported, only 'ntk'"),
+        ("hymba", {"mlp_hidden_act": "relu2"}, "mlp_hidden_act='relu2' is not supported, only 'silu'"),
         ("hymba", {"sliding_window": None}, "config.json describes no model: TypeError"),
         ("hymba", {"mamba_d_state": 0}, "d_state=0: must be 1 or more"),
         ("llama", {"attention_bias": True}, "attention_bias=True is not supported, only False"),
@@ -1189,8 +1191,8 @@ def test_released_files_missing_or_corrupt(tmp_path):
     (tmp_path / "model.safetensors.index.json").unlink()
     with pytest.raises(FileNotFoundError, match="it has no model.safetensors"):
         Hymba.from_pretrained(tmp_path)
-    for text in ("{", "[]", "null", "3"):
-        (tmp_path / "config.json").write_text(text)
+    for text in (b"{", b"[]", b"null", b"3", b"\xff"):
+        (tmp_path / "config.json").write_bytes(text)
         with pytest.raises(ValueError, match="config.json describes no model"):
             Hymba.from_pretrained(tmp_path)
     (tmp_path / "config.json").unlink()

@@ -110,7 +110,7 @@ def released_config(c: dict) -> dict:
             raise ValueError(f"config.json: rope_type={rope_type!r} is not supported, only 'default' and 'llama3'")
         return dict(pattern="T" * n, n_meta=0, rope_base=base, **common)
 
-    only(c, rope_type="ntk")
+    only(c, rope_type="ntk", mlp_hidden_act="silu")
     common |= dict(d_state=c["mamba_d_state"], d_conv=c["mamba_d_conv"], expand=c["mamba_expand"])
     common |= dict(dt_rank=0 if c["mamba_dt_rank"] == "auto" else c["mamba_dt_rank"], n_meta=c["num_memory_tokens"])
     return dict(
@@ -160,7 +160,7 @@ def read_config(folder: Path) -> tuple[str | None, dict, dict]:
         if (kind := config.get("model_type")) not in FORMATS:
             raise ValueError(f"config.json: model_type={kind!r} is not supported, only {', '.join(FORMATS)}")
         return kind, config, released_config(config)
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as e:
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as e:
         raise ValueError(f"{file} describes no model: {type(e).__name__}: {e}") from None
 
 
@@ -217,7 +217,7 @@ def load(
     if not files[0].is_file() and index.is_file():
         try:
             files = [folder / file for file in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as e:
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as e:
             raise ValueError(f"{index} is corrupt: {type(e).__name__}: {e}") from None
     for file in files:
         if not file.is_file():
@@ -237,6 +237,8 @@ def load(
     wrong += [f"unexpected {name}" for name in tensors if name not in shapes]
     wrong += [f"{name} of shape {tuple(t.shape)}, not {shapes[name]}" for name, t in tensors.items()
               if name in shapes and t.shape != shapes[name]]  # fmt: skip
+    wrong += [f"{name} of {t.dtype}: quantised weights are not supported" for name, t in tensors.items()
+              if name in shapes and not t.is_floating_point()]  # fmt: skip
     if not wrong and dtypes and not torch.equal(tensors["lm_head.weight"], tensors[embed]):
         wrong = [f"lm_head.weight differs from {embed} despite tie_word_embeddings"]
     if wrong:
