@@ -253,14 +253,15 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, n_me
     W = S if window is None else min(window, S)
     if W == S == T:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
-    out, step = [], max(128, min(W, 1024))
+    out, step = [], max(32, min(max(W, 128), 1024, 2**22 // W))  # few at a time where they see very many keys
     for i in range(0, T, step):
         first, end = S - T + i, min(S - T + i + step, S)  # positions of this piece's queries
         low = max(first - W + 1, 0)  # the first key in its window
         j = torch.cat([torch.arange(min(n_meta, low)), torch.arange(low, end)]).to(q.device)  # meta tokens, window
+        seen = slice(end) if low <= n_meta else j
         position = torch.arange(first, end, device=q.device)[:, None]
         mask = (j <= position) & ((position - j < W) | (j < n_meta))
-        o = F.scaled_dot_product_attention(q[:, :, i : i + step], k[:, :, j], v[:, :, j], mask, enable_gqa=True)
+        o = F.scaled_dot_product_attention(q[:, :, i : i + step], k[:, :, seen], v[:, :, seen], mask, enable_gqa=True)
         out.append(o)
     return torch.cat(out, dim=2).transpose(1, 2)
 
@@ -848,7 +849,8 @@ class Hymba(nn.Module):
         Each item is a list with the next token of every prompt, None for those that have ended with a token in
         `stop` (which is not yielded). Ends when all have, or after max_new_tokens. Temperature 0 is greedy; top_k
         keeps the k likeliest tokens, top_p the likeliest that together reach probability p. Row i draws from its own
-        stream of random numbers, (seed, first_row + i): what else is in the batch does not change it.
+        stream of random numbers, (seed, first_row + i): what else is in the batch does not change it. (In bfloat16,
+        matrix products of other sizes may round differently, and so turn a near-tie the other way.)
 
         With a cache of one row (from new_cache), the one prompt continues it. The cache has then seen the prompt and
         all tokens that were yielded but the last; where a token in `stop` ended the iteration, the last one, too.
@@ -857,10 +859,7 @@ class Hymba(nn.Module):
             raise ValueError("every prompt needs at least one token: begin an empty one with the end-of-text token")
         if bad := [t for p in prompts for t in p if not 0 <= t < self.config.vocab_size]:
             raise ValueError(f"token {bad[0]} is outside of the vocabulary of {self.config.vocab_size}")
-        if not temperature >= 0 or (top_k is not None and top_k < 1) or not (top_p is None or 0 < top_p <= 1):
-            raise ValueError(f"temperature={temperature}, top_k={top_k}, top_p={top_p}: use >= 0, >= 1, and 0 < p <= 1")
-        if max_new_tokens is not None and max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens={max_new_tokens}: must be 0 or more, or None for no limit")
+        check_sampling(max_new_tokens, temperature, top_k, top_p)
         if cache is not None and not len(prompts) == len(cache.pos) == 1:
             raise ValueError(f"{len(prompts)} prompts, {len(cache.pos)} cache rows: only one prompt continues one row")
         device = self.embed.weight.device
@@ -1027,6 +1026,14 @@ class Decoder:
         n = len(keep)
         pick = lambda u: u[:n].copy_(u[keep])  # noqa: E731
         return Decoder(self.model, self.cache.map(pick), pick(self.tokens), pick(self.row), self.draw)
+
+
+def check_sampling(max_new_tokens: int | None, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Raise ValueError for what generate cannot do."""
+    if not temperature >= 0 or (top_k is not None and top_k < 1) or not (top_p is None or 0 < top_p <= 1):
+        raise ValueError(f"temperature={temperature}, top_k={top_k}, top_p={top_p}: use >= 0, >= 1, and 0 < p <= 1")
+    if max_new_tokens is not None and max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens={max_new_tokens}: must be 0 or more, or None for no limit")
 
 
 def sample_token(

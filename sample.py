@@ -23,7 +23,7 @@ import tiktoken
 import torch
 
 import prepare
-from model import Hymba
+from model import Hymba, check_sampling
 from weights import pretrained_folder
 
 
@@ -259,8 +259,14 @@ def main(argv: list[str]) -> None:
         "--dtype", choices=["float32", "bfloat16"], help="of the weights [bfloat16 on cuda, else the checkpoint's]"
     )
     args = parser.parse_args(argv)
-    if args.file:  # what can be wrong with it shows before the model is loaded
-        prompts = [line for line in args.file.read_text(encoding="utf-8-sig").split("\n") if line]
+    check_sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p)  # before the model is loaded
+    if args.n_samples < 1:
+        raise ValueError(f"n_samples={args.n_samples}: must be 1 or more")
+    if args.file:
+        try:
+            prompts = [line for line in args.file.read_text(encoding="utf-8-sig").split("\n") if line]
+        except UnicodeDecodeError as e:
+            raise ValueError(f"{args.file} is not UTF-8 text: {e}") from None
         if not prompts:
             raise ValueError(f"{args.file} is empty: write one prompt a line")
         if args.batch_size < 1 or args.prompt or args.n_samples > 1 or args.chat:
@@ -292,7 +298,8 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows ?
+    for terminal in (sys.stdin, sys.stdout):  # a character that it cannot show is a ?
+        terminal.reconfigure(errors="replace")
     try:
         main(sys.argv[1:])
     except (ValueError, OSError) as e:

@@ -171,6 +171,16 @@ def dense_attention(q, k, v, window, n_meta):
     return torch.einsum("bhts,bshf->bthf", scores.masked_fill(~seen, -math.inf).softmax(-1), v)
 
 
+def test_attention_over_a_long_cache_takes_few_queries_at_a_time(monkeypatch):
+    """The score matrix of 40 queries and 200,000 keys is never whole."""
+    r, sizes, sdpa = torch.Generator().manual_seed(0), [], F.scaled_dot_product_attention
+    q, k, v = (torch.randn(1, n, 1, 8, generator=r) for n in (40, 200_000, 200_000))
+    expected = dense_attention(q.double(), k.double(), v.double(), None, 0)
+    measured = lambda q, k, v, mask, **o: (sizes.append(mask.numel()), sdpa(q, k, v, mask, **o))[1]  # noqa: E731
+    monkeypatch.setattr(F, "scaled_dot_product_attention", measured)
+    assert error(windowed_attention(q, k, v, None, 0), expected) < 1e-5 and max(sizes) <= 32 * 200_000
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     T=st.integers(1, 300),
@@ -304,7 +314,7 @@ def test_attention_kernel(case, dtype, device, poisoned):
     q, k, v = fused.split([G * R * E, G * E, G * F_], dim=-1)  # slices of a projection
     inputs = {"q": q[:, cached:].unflatten(2, (G * R, E)), "k": k.unflatten(2, (G, E)), "v": v.unflatten(2, (G, F_))}
     rule = dict(window=window, n_meta=n_meta)
-    if window == 1 and n_meta == 0:  # one key: q and k get no gradient, and there is nothing to compare
+    if window == 1 and n_meta == 0 or len(k[0]) == 1:  # one key: q and k get no gradient, and nothing to compare
         inputs = {"v": inputs["v"]}
         rule |= {
             "q": q.to(device, dtype)[:, cached:].unflatten(2, (G * R, E)),
@@ -313,8 +323,6 @@ def test_attention_kernel(case, dtype, device, poisoned):
         as64 = {n: u.double() if isinstance(u, torch.Tensor) else u for n, u in rule.items()}
     else:
         as64 = rule
-    if T[case] == 1 and not cached:
-        return
     mine, theirs = (lambda **u: kernels.windowed_attention(**u, **rule)), (lambda **u: dense_attention(**u, **as64))
     check(mine, theirs, inputs, dtype, device)
 
@@ -1185,6 +1193,9 @@ def test_released_files_missing_or_corrupt(tmp_path):
     second.write_bytes(whole[:-5])
     with pytest.raises(ValueError, match="00002.safetensors is corrupt"):
         Hymba.from_pretrained(tmp_path)
+    save_file(load_file(tmp_path / "model-00001-of-00002.safetensors"), second)
+    with pytest.raises(ValueError, match="00002.safetensors is corrupt: another file of .* has .*weight, too"):
+        Hymba.from_pretrained(tmp_path)
     second.unlink()
     with pytest.raises(FileNotFoundError, match="not a whole checkpoint: it has no model-00002-of-00002.safetensors"):
         Hymba.from_pretrained(tmp_path)
@@ -1950,9 +1961,14 @@ def test_sample_file(tmp_path, capsys):
     assert [row["prompt"] for row in rows] == prompts and outputs[0] == outputs[1] == outputs[2]
     assert len({row["text"] for row in rows}) > 1 and set(rows[0]) == {"prompt", "text"}
     file.write_text("\n")
+    (tmp_path / "latin.txt").write_bytes(b"\xe9")
     for bad, kind, message in [
         ([], ValueError, "prompts.txt is empty: write one prompt a line"),
         ([f"--file={tmp_path / 'nowhere.txt'}"], FileNotFoundError, "nowhere.txt"),
+        ([f"--file={tmp_path / 'latin.txt'}"], ValueError, "latin.txt is not UTF-8 text"),
+        (["--temperature=-1"], ValueError, "temperature=-1.0, .* use >= 0"),
+        (["--max_new_tokens=-1"], ValueError, "max_new_tokens=-1: must be 0 or more"),
+        (["--n_samples=0"], ValueError, "n_samples=0: must be 1 or more"),
     ]:
         with pytest.raises(kind, match=message):  # before the model: there is none
             sample.main([*flags, f"--init_from={tmp_path / 'no model'}", *bad])

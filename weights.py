@@ -223,9 +223,12 @@ def load(
         if not file.is_file():
             raise FileNotFoundError(f"{folder} is not a whole checkpoint: it has no {file.name}")
         try:
-            tensors |= load_file(file)  # mapped: nothing is read before it is used
+            new = load_file(file)  # mapped: nothing is read before it is used
         except SafetensorError as e:
             raise ValueError(f"{file} is corrupt: {e}") from None
+        if twice := sorted(tensors.keys() & new.keys()):
+            raise ValueError(f"{file} is corrupt: another file of {folder} has {', '.join(twice)}, too")
+        tensors |= new
 
     places, dtypes = layout(model, kind), {}
     shapes = {name: shape for theirs in places.values() for name, shape in theirs.items()}
