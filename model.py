@@ -849,8 +849,8 @@ class Hymba(nn.Module):
         Each item is a list with the next token of every prompt, None for those that have ended with a token in
         `stop` (which is not yielded). Ends when all have, or after max_new_tokens. Temperature 0 is greedy; top_k
         keeps the k likeliest tokens, top_p the likeliest that together reach probability p. Row i draws from its own
-        stream of random numbers, (seed, first_row + i): what else is in the batch does not change it. (In bfloat16,
-        matrix products of other sizes may round differently, and so turn a near-tie the other way.)
+        stream of random numbers, (seed, first_row + i): what else is in the batch does not change it. (Matrix
+        products of other sizes may round differently, and turn a near-tie: in bfloat16, now and then.)
 
         With a cache of one row (from new_cache), the one prompt continues it. The cache has then seen the prompt and
         all tokens that were yielded but the last; where a token in `stop` ended the iteration, the last one, too.
