@@ -39,7 +39,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import model as reference
+import checkpoint
+import cost
+import ops
+from engine import Cache, Engine, TokenLoop
+from model import Hymba, HymbaConfig
 
 SCAN_CPU = (8, 512, 512, 16)  # B, T, D, N
 SCAN_GPU = [(8, 2176, 3200, 16), (32, 2176, 1024, 16), (2, 8320, 3200, 16), (1, 65536, 3200, 16)]
@@ -157,9 +161,8 @@ def ratios(rows: list[dict]) -> None:
             means.setdefault(r["name"], []).append((r["fwd_ratio"], r["bwd_ratio"], r["both_ratio"]))
     for name, values in means.items():
         fwd, bwd, both = (statistics.geometric_mean(column) for column in zip(*values, strict=True))
-        print(
-            f"{name}: slower than ours {fwd:.2f}x forward, {bwd:.2f}x backward, {both:.2f}x together (geometric mean)"
-        )
+        times = f"{fwd:.2f}x forward, {bwd:.2f}x backward, {both:.2f}x together"
+        print(f"{name}: slower than ours {times} (geometric mean)")
 
 
 def flex(window: int, n_meta: int, T: int, halves: bool = False, inside: bool = False):
@@ -200,24 +203,19 @@ def attention_gpu(repeats: int, tokens: list[int]) -> list[dict]:
     for window, n_meta, value_size in [(1024, 128, 128), (None, 0, 128), (None, 0, 64)]:
         mask = f"window {window} + {n_meta}" if window else f"causal, F = {value_size}"
         peers = {"ours": lambda q, k, v: kernels.windowed_attention(q, k, v, window, n_meta)}  # noqa: B023
-        if window:
-            peers |= {"flex": None, "flex halves": None}
-        else:
-            peers |= {"sdpa": sdpa, "sdpa repeated": sdpa_repeated}
+        peers |= {"flex": None, "flex halves": None} if window else {"sdpa": sdpa, "sdpa repeated": sdpa_repeated}
         for B, T, H, G in [(1, T, 25, 5) for T in tokens] or ATTENTION:
             torch.manual_seed(0)
             sizes = [(H, 64), (G, 64), (G, value_size)]
             inputs = [torch.randn(B, T, *s, device="cuda", dtype=torch.bfloat16).requires_grad_() for s in sizes]
             p = torch.arange(1, T + 1, dtype=torch.float64)
             pairs = p if not window else p.clamp(max=window) + (p - window).clamp(0, n_meta)
-            flops = 2 * B * H * (64 + value_size) * pairs.sum().item()
+            gflop = 2e-9 * B * H * (64 + value_size) * pairs.sum().item()
             for name, f in peers.items():
                 f = f or flex(window, n_meta, T, halves=name.endswith("halves"))
                 if r := attempt(name, forward_and_backward, f, inputs, repeats):
-                    tflops = dict(fwd_tflops=flops / r["fwd"] / 1e9, bwd_tflops=2.5 * flops / r["bwd"] / 1e9)
-                    rows.append(
-                        dict(shape=str((B, T, H, G)), mask=mask, name=name, **r, floor=flops / PEAK * 1e3, **tflops)
-                    )
+                    r |= dict(floor=gflop / PEAK * 1e12, fwd_tflops=gflop / r["fwd"], bwd_tflops=2.5 * gflop / r["bwd"])
+                    rows.append(dict(shape=str((B, T, H, G)), mask=mask, name=name, **r))
     ratios(rows)
     return rows
 
@@ -231,12 +229,13 @@ def train_worker(config: str, peer: bool, B: int, T: int, steps: int = 12) -> di
     if peer:
         scan = torch.compiler.disable(mamba_ssm_scan)
         windowed, full = (flex(w, 128, T + 128, inside=True) for w in (1024, 10**9))
-        reference.kernels.selective_scan = lambda *u: (scan(*u[:8]), None)
-        reference.kernels.windowed_attention = lambda q, k, v, window, n_meta: (windowed if window else full)(q, k, v)
-        reference.kernels.causal_conv = reference.causal_conv  # fused by torch.compile
+        attend = lambda q, k, v, window, n_meta: (windowed if window else full)(q, k, v)  # noqa: E731
+        ops.KERNELS["selective_scan"] = (lambda *u: (scan(*u[:8]), None)), lambda *u: True
+        ops.KERNELS["windowed_attention"] = attend, ops.KERNELS["windowed_attention"][1]
+        del ops.KERNELS["causal_conv"]  # fused by torch.compile
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
-    model = reference.Hymba(reference.HymbaConfig(**(args | {"vocab_size": 50304, "block_size": T}))).cuda()
+    model = Hymba(HymbaConfig(**(args | {"vocab_size": 50304, "block_size": T}))).cuda()
     optimizer = train.optimizer_for(model, train.TrainConfig())
     torch._functorch.config.force_non_lazy_backward_lowering = True  # compile it all before a step takes memory
     compiled = torch.compile(model)
@@ -244,7 +243,7 @@ def train_worker(config: str, peer: bool, B: int, T: int, steps: int = 12) -> di
 
     def step():
         with torch.autocast("cuda", torch.bfloat16):
-            loss = compiled(idx[:, :-1], idx[:, 1:])[1]
+            loss = compiled(idx[:, :-1], idx[:, 1:])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -279,7 +278,7 @@ def train_worker(config: str, peer: bool, B: int, T: int, steps: int = 12) -> di
     top = sorted(profile.key_averages(), key=lambda k: -k.self_device_time_total)[:10]
     return dict(
         shape=f"{B} x {T}", name=config + (" with peers" if peer else ""), tokens_per_s=round(speed),
-        mfu=model.estimate_mfu(speed), peak_gib=torch.cuda.max_memory_allocated() / 2**30, loss=loss.item(),
+        mfu=cost.estimate_mfu(model, speed), peak_gib=torch.cuda.max_memory_allocated() / 2**30, loss=loss.item(),
         spread=ms[-1] / ms[0] - 1, compile_s=compile_s,
         kernels=[dict(kernel=k.key[:80], ms=k.self_device_time_total / 1e3, calls=k.count) for k in top],
     )  # fmt: skip
@@ -287,15 +286,13 @@ def train_worker(config: str, peer: bool, B: int, T: int, steps: int = 12) -> di
 
 def train_gpu(configs: list[str], shapes: list[str]) -> list[dict]:
     """A process for each model and shape: they compile side by side and are timed one after the other."""
-    rows, workers = [], {}
-    threads = str(max(1, len(os.sched_getaffinity(0)) // (len(configs) * len(shapes))))
+    rows, workers, pipe = [], {}, subprocess.PIPE
+    threads = max(1, len(os.sched_getaffinity(0)) // (len(configs) * len(shapes)))
+    env = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": str(threads)}
     for shape in shapes:
         for name in configs:
             command = [sys.executable, __file__, "train", f"--worker={name}", f"--shapes={shape}"]
-            workers[name, shape] = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                env=os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": threads},
-            )  # fmt: skip
+            workers[name, shape] = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env)
     ready = [key for key, worker in workers.items() if "ready\n" in iter(worker.stdout.readline, "")]
     for (name, shape), worker in workers.items():
         out = worker.communicate("go\n" if (name, shape) in ready else None)[0]
@@ -308,7 +305,7 @@ def train_gpu(configs: list[str], shapes: list[str]) -> list[dict]:
     return rows
 
 
-def step_bytes(model: reference.Hymba, cache: reference.Cache) -> int:
+def step_bytes(model: Hymba, cache: Cache) -> int:
     """Bytes that a one-token step must read: each weight once, and of each block's caches what its token sees."""
     total = sum(p.nbytes for p in model.parameters())
     for block in (cache.block(i) for i in range(model.config.n_layer)):
@@ -348,14 +345,14 @@ def decode_worker(spec: dict, device: torch.device) -> list[dict]:
     config = dict(block_size=8192, vocab_size=32001) | spec["config"]
     if not spec.get("peer"):
         with device:
-            model = reference.Hymba(reference.HymbaConfig(**config)).cast(torch.bfloat16).eval()
+            engine = Engine(checkpoint.cast(Hymba(HymbaConfig(**config)), torch.bfloat16).eval())
     while len(rows) < len(spec["contexts"]):
         context = spec["contexts"][len(rows)]
         try:
             if spec.get("peer"):
                 rows.append(transformers_row(config, B, context, spec["prefill"], device))
             else:
-                rows.append(decode_row(model, B, context, spec, copy, device))
+                rows.append(decode_row(engine, B, context, spec, copy, device))
         except torch.cuda.OutOfMemoryError:
             if B == 1:
                 raise
@@ -365,46 +362,48 @@ def decode_worker(spec: dict, device: torch.device) -> list[dict]:
     return rows
 
 
-def decode_row(model: reference.Hymba, B: int, context: int, spec: dict, copy: float | None, device) -> dict:
-    model.new_cache(1, 1)  # runs the meta tokens, once
+def decode_row(engine: Engine, B: int, context: int, spec: dict, copy: float | None, device) -> dict:
+    model = engine.model
+    engine.new_cache(1, 1)  # runs the meta tokens, once
     before = torch.cuda.memory_allocated() if copy else 0
-    cache = model.new_cache(B, context + 256)
+    cache = engine.new_cache(B, context + 256)
     held = torch.cuda.memory_allocated() - before if copy else cache.nbytes
     for u in (u for pair in [*cache.kv.values(), *cache.ssm.values()] for u in pair):
         u.normal_()
     cache.pos += context
     cache.longest += context
     greedy = lambda x, cache, row: F.linear(x, model.embed.weight).float().argmax(-1)  # noqa: E731
-    decoder = reference.Decoder(model, cache, cache.pos.clone().zero_(), cache.pos.clone(), greedy)
+    loop = TokenLoop(engine, cache, cache.pos.clone().zero_(), cache.pos.clone(), greedy)
     start = time.perf_counter()
     for _ in range(3):
-        decoder.step()
+        loop.advance()
     first = time.perf_counter() - start
-    n, read = step_bytes(model, cache), seconds(decoder.step, spec.get("steps", 40), device)
+    n, read = step_bytes(model, cache), seconds(loop.advance, spec.get("steps", 40), device)
     row = dict(context=context, batch=B, ms_per_step=read * 1e3, tokens_per_s=B / read, read_gb=n / 1e9)
     row |= dict(roofline=n / read / copy, copy_TBps=copy / 1e12) if copy else {}
-    row |= dict(cache_mb=held / B / 1e6, formula_mb=model.cache_bytes(context + 256) / 1e6)
+    row |= dict(cache_mb=held / B / 1e6, formula_mb=cost.cache_bytes(model.config, context + 256) / 1e6)
     row |= dict(params=model.num_params(), first_steps_s=first)
     if spec.get("profile"):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             for _ in range(4):
-                decoder.step()
+                loop.advance()
             torch.cuda.synchronize()
         top = profile.key_averages()
         print(top.table(sort_by="self_device_time_total", row_limit=35, max_name_column_width=90), file=sys.stderr)
-    del cache, decoder
-    return row | prefill(model, min(B, 16), context) if spec["prefill"] else row
+    del cache, loop
+    return row | prefill(engine, min(B, 16), context) if spec["prefill"] else row
 
 
-def prefill(model: reference.Hymba, B: int, T: int) -> dict:
+def prefill(engine: Engine, B: int, T: int) -> dict:
     """Speed of reading B prompts of T tokens, and for one also the times to the first and between later tokens."""
+    model = engine.model
     prompts = torch.randint(0, model.config.vocab_size, (B, T)).tolist()
     for _ in range(2):  # the second time counts
         arrivals = [time.perf_counter()]
-        for _ in model.generate(prompts, 30 if B == 1 else 1, temperature=0):
+        for _ in engine.generate(prompts, 30 if B == 1 else 1, temperature=0):
             arrivals.append(time.perf_counter())
     took = arrivals[1] - arrivals[0]
-    flops = T * (model.flops_per_token(T) / 3 - 2 * model.embed.weight.numel())  # the output layer reads one token
+    flops = T * (cost.flops_per_token(model, T) / 3 - 2 * model.output.numel())  # the output layer reads one token
     row = dict(prefill_batch=B, prefill_tokens_per_s=B * T / took, prefill_mfu=B * flops / took / PEAK)
     if B == 1:
         gaps = [b - a for a, b in zip(arrivals[5:], arrivals[6:], strict=False)]
@@ -416,7 +415,7 @@ def transformers_row(config: dict, B: int, context: int, with_prefill: bool, dev
     """The same measurements of transformers' Llama with SDPA and a static cache."""
     from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
-    c = reference.HymbaConfig(**config)
+    c = HymbaConfig(**config)
     config = LlamaConfig(
         hidden_size=c.n_embd, intermediate_size=c.n_hidden, num_hidden_layers=c.n_layer, vocab_size=c.vocab_size,
         num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, max_position_embeddings=2 * context,
@@ -430,8 +429,7 @@ def transformers_row(config: dict, B: int, context: int, with_prefill: bool, dev
 
     @torch.no_grad()
     def step():
-        logits = model(token, past_key_values=cache, cache_position=pos, position_ids=pos[None]).logits
-        return logits[:, -1].argmax(-1)
+        return model(token, past_key_values=cache, cache_position=pos, position_ids=pos[None]).logits[:, -1].argmax(-1)
 
     step()
     held = torch.cuda.memory_allocated() - before if device.type == "cuda" else 0
@@ -534,7 +532,7 @@ def scan_cpu_worker(which: str, repeats: int) -> dict:
             ys.append((h @ C[:, t].unsqueeze(-1)).squeeze(-1))
         return torch.stack(ys, 1)
 
-    f = {"ours": lambda *u: reference.selective_scan(*u)[0], "mambapy": mambapy, "loop": loop}[which]
+    f = {"ours": lambda *u: ops.selective_scan(*u)[0], "mambapy": mambapy, "loop": loop}[which]
     f(*(u[:, :2] if u.dim() == 3 else u for u in inputs))  # imports and thread pools
     scale = 1024 if sys.platform != "darwin" else 1024**2  # ru_maxrss is in KiB, on a Mac in bytes
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
@@ -662,8 +660,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     gpu = torch.cuda.is_available()
     if args.what == "plot":
-        plot(args.files)
-        return
+        return plot(args.files)
     if args.worker and args.what == "scan":
         print(json.dumps(scan_cpu_worker(args.worker, args.repeats)))
         return
@@ -675,24 +672,21 @@ def main(argv: list[str]) -> None:
         print(json.dumps(train_worker(config, bool(peers), *map(int, args.shapes.split("x")))))
         return
     if not gpu and args.what != "scan":
-        raise ValueError(
-            f"bench.py {args.what} measures GPU kernels, and there is no GPU here; bench.py scan runs on a CPU"
-        )
+        message = "measures GPU kernels, and there is no GPU here; bench.py scan runs on a CPU"
+        raise ValueError(f"bench.py {args.what} {message}")
     device = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
     print(f"{args.what} on {device}, torch {torch.__version__}; times in ms")
-    tokens = [int(n) for n in args.tokens.split(",") if n]
+    tokens, batches = ([int(n) for n in text.split(",") if n] for text in (args.tokens, args.batches))
     if args.what == "scan":
         rows = scan_gpu(args.repeats or 30, tokens) if gpu else scan_cpu(args.repeats or 7, args.loop)
     elif args.what == "attention":
         rows = attention_gpu(args.repeats or 30, tokens)
     elif args.what == "train":
         rows = train_gpu(args.configs.split(","), args.shapes.split(","))
+    elif args.what == "decode":
+        rows = decode_gpu(batches, [n for n in args.models.split(";") if n], args.profile)
     else:
-        batches = [int(n) for n in args.batches.split(",")]
-        if args.what == "decode":
-            rows = decode_gpu(batches, [n for n in args.models.split(";") if n], args.profile)
-        else:
-            rows = {"roadmap": roadmap_gpu, "sweep": sweep_gpu}[args.what](batches[-1], args.profile)
+        rows = {"roadmap": roadmap_gpu, "sweep": sweep_gpu}[args.what](batches[-1], args.profile)
     table([{k: v for k, v in row.items() if k != "kernels"} for row in rows])
     if args.json:
         result = {"what": args.what, "device": device, "torch": torch.__version__, "rows": rows}

@@ -1,12 +1,12 @@
 """
 The operations of model.py as Triton kernels, with the same names and signatures: selective_scan, windowed_attention,
-causal_conv and cross_entropy. Then those of inference: rope, swiglu and fuse, for what lies between matrix products,
-matvec, and for one new token a row, in place in the cache, rope_append, decode_attention, conv_step and scan_step.
-Optional: model.py uses them on NVIDIA GPUs from Hopper on (see usable) and runs complete without.
+causal_conv, and cross_entropy of ops.py. Then the ones of inference alone, for what lies between matrix products:
+apply_rope, swiglu and normed_sum. Optional: ops.py chooses them on NVIDIA GPUs from Hopper on. Beside each stands what
+inputs it takes. Nothing here knows of the model.
 
-Each kernel opens with the formula that it computes, its tiling and its floor. Those of training are PyTorch operators
-with gradients, or run inside of one: torch.compile takes a model with fullgraph=True. None adds floats atomically:
-gradients are the same to the bit from run to run.
+Each kernel opens with the formula that it computes, its tiling and its floor. The kernels of training are PyTorch
+operators with gradients, or run inside of one: torch.compile takes a model with fullgraph=True. None adds floats
+atomically: gradients are the same to the bit from run to run.
 
 Letters: B batch, T tokens (queries), S keys, D inner width (channels), N SSM state, H query heads, G key/value heads,
 R = H / G query heads per key/value head, E query/key head size, F value head size, M meta tokens, W window, K taps.
@@ -39,12 +39,12 @@ def usable(x: Tensor) -> bool:
 
 
 @triton.jit
-def _sigmoid(v):
+def sigmoid(v):
     return 1.0 / (1.0 + tl.exp2(-LOG2E * v))
 
 
 @triton.jit
-def _softplus(v):
+def softplus(v):
     """log(1 + exp(v)) = max(v, 0) + log1p(e), e = exp(-|v|) in [0, 1]. log1p(e) / e is a degree-8 minimax polynomial,
     good to 1.5e-7 relative: dt is often 1e-3 and below, where the hardware's log2 is good only to 2e-7 absolute."""
     e = tl.exp2(-LOG2E * tl.abs(v))
@@ -170,12 +170,12 @@ def scan_segment_kernel(
             x_t, dt_t, z_t, B_t, B_t, d, t, n, here, in_n, HAS_Z,
         )  # fmt: skip
         u = u.to(tl.float32)
-        dt = tl.where(here, _softplus(dt.to(tl.float32) + bias), 0.0)
+        dt = tl.where(here, softplus(dt.to(tl.float32) + bias), 0.0)
         total += dt
         if not REVERSE:
             u *= dt
         if HAS_Z:
-            u *= z.to(tl.float32) * _sigmoid(z.to(tl.float32))
+            u *= z.to(tl.float32) * sigmoid(z.to(tl.float32))
         Bt = _spread(Bt, BD)
         u_p = _pin(u, 1)[:, :, None]
         dt_p = _pin(dt, 1)[:, :, None]
@@ -248,7 +248,7 @@ def scan_forward_kernel(
         )
 
         here = in_d[:, None] & (t0 + t < stop)[None, :]
-        dt = tl.where(here, _softplus(dt + bias), 0.0)  # past the end dt = 0: the state stands still
+        dt = tl.where(here, softplus(dt + bias), 0.0)  # past the end dt = 0: the state stands still
         u_p = _pin(dt * x, 1)[:, :, None]
         dt_p = _pin(dt, 1)[:, :, None]
         y = tl.zeros((BD, TT), tl.float32)
@@ -257,7 +257,7 @@ def scan_forward_kernel(
             y = tl.where((t == j)[None, :], tl.sum(h * _token(Ct, j), 2), y)
         y += skip * x
         if HAS_Z:
-            y *= z * _sigmoid(z)
+            y *= z * sigmoid(z)
         tl.store(y_ptr + d[:, None] + t[None, :] * D, y.to(y_ptr.dtype.element_ty), mask=here)
         y_ptr += TT * D
     if segment == n_add:
@@ -344,7 +344,7 @@ def scan_backward_kernel(
         h = saved
         if CHUNK > TT:
             if t0 % CHUNK != 0:  # the chunk's second tile: the saved state, advanced over the first
-                dts = tl.where(in_d[:, None], _softplus(dt_next.to(tl.float32) + bias), 0.0)
+                dts = tl.where(in_d[:, None], softplus(dt_next.to(tl.float32) + bias), 0.0)
                 Bs = _spread(B_next, BD)
                 us_p = _pin(dts * x_next.to(tl.float32), 1)[:, :, None]
                 dts_p = _pin(dts, 1)[:, :, None]
@@ -354,11 +354,11 @@ def scan_backward_kernel(
         here = in_d[:, None] & (t0 + t < T)[None, :]
         in_n = (t0 + t < T)[:, None] & (n < N)[None, :]
         dt += bias
-        dsoftplus = tl.where(here, _sigmoid(dt), 0.0)
-        dt = tl.where(here, _softplus(dt), 0.0)
+        dsoftplus = tl.where(here, sigmoid(dt), 0.0)
+        dt = tl.where(here, softplus(dt), 0.0)
         dout = dy
         if HAS_Z:
-            sig = _sigmoid(z)
+            sig = sigmoid(z)
             dout = dy * z * sig
         dt_p = _pin(dt, 1)[:, :, None]
         u_p = _pin(dt * x, 1)[:, :, None]
@@ -408,11 +408,21 @@ def scan_backward_kernel(
         tl.store(dh0_ptr + b * D * N + d[:, None, None] * N + n[None, None, :], dh, mask=in_state)
 
 
+def takes_state(A: Tensor) -> bool:
+    """Whether the scan's kernels were written for so many states, A (D, N)."""
+    return A.shape[1] <= 128
+
+
+def takes_scan(x: Tensor, dt: Tensor, A: Tensor, *rest, **options) -> bool:
+    """Whether selective_scan runs on these inputs."""
+    return usable(x) and takes_state(A)
+
+
 def _check(x, dt, A, B, C, D, z, dt_bias, state):
     if x.dim() != 3:
         raise ValueError(f"selective_scan: x must be (B, T, D), got {tuple(x.shape)}")
     (b, t, d), n = x.shape, A.shape[-1]
-    if n > 128:
+    if not takes_state(A):
         raise ValueError(f"selective_scan: state size {n} is over 128; use a smaller d_state")
     wanted = dict(dt=(b, t, d), A=(d, n), B=(b, t, n), C=(b, t, n), D=(d,), z=(b, t, d), dt_bias=(d,), state=(b, d, n))
     given = dict(dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, state=state)
@@ -592,7 +602,7 @@ def selective_scan(
     dt_bias: Tensor | None = None,
     state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mamba's selective scan: same signature and meaning as the reference in model.py, on CUDA.
+    """Mamba's selective scan: see model.selective_scan.
 
     x, dt, z (B, T, D), B, C (B, T, N): bfloat16, float16 or float32, any strides if the last is 1 (else copied).
     A (D, N) float32, negative. D, dt_bias (D,). state (B, D, N) float32, or None for zeros. N up to 128; 16 is fastest.
@@ -983,12 +993,20 @@ def _attention_grad(ctx, do, _):
 attention.register_autograd(_attention_grad, setup_context=_attention_save)
 
 
-def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, n_meta: int) -> Tensor:
-    """Causal attention of grouped queries within a sliding window, plus meta tokens that every later query sees.
+def takes_heads(E: int, F: int) -> bool:
+    """Whether the attention kernels were written for these head sizes."""
+    return all(n % 16 == 0 and 16 <= n <= 128 for n in (E, F))
 
-    q (B, T, H, E), k (B, S, G, E), v (B, S, G, F) -> o (B, T, H, F), with S >= T and H a multiple of G. Query i stands
-    at position S - T + i and sees key j where j <= position and (position - j < window or j < n_meta). The window
-    counts the query itself; None means full causal attention. Scores are scaled by 1 / sqrt(E).
+
+def takes_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, n_meta: int) -> bool:
+    """Whether windowed_attention runs on these inputs. Not where all is causal and values are as wide as keys, as in
+    Llama: PyTorch's own attention is as fast there."""
+    plain = window is None and q.shape[-1] == v.shape[-1] and q.shape[1] == k.shape[1]
+    return usable(q) and takes_heads(q.shape[-1], v.shape[-1]) and not plain
+
+
+def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, n_meta: int) -> Tensor:
+    """Causal attention of grouped queries within a sliding window, plus meta tokens: see model.windowed_attention.
 
     bfloat16, float16 or float32; softmax and sums in float32. Slices of a fused projection are read in place if they
     start and step by 16 bytes. Saves q, k, v, o and one float per row for backward. Same bits from run to run.
@@ -1002,7 +1020,7 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, n_me
         raise ValueError(f"k and v must be ({B}, S, G, {E}) and ({B}, S, G, F) to go with q; got {k.shape}, {v.shape}")
     if H % G or S < T:
         raise ValueError(f"need query heads a multiple of key/value heads, and S >= T; got {H=}, {G=}, {S=}, {T=}")
-    if E % 16 or F % 16 or not (16 <= E <= 128 and 16 <= F <= 128):
+    if not takes_heads(E, F):
         raise ValueError(f"head sizes must be multiples of 16 up to 128; got E = {E}, F = {F}")
     if n_meta < 0 or (window is not None and window < 1):
         raise ValueError(f"window must be None or at least 1, and n_meta at least 0; got {window=}, {n_meta=}")
@@ -1153,6 +1171,16 @@ def _conv_grad(ctx, dy):
 conv.register_autograd(_conv_grad, setup_context=_conv_save)
 
 
+def takes_taps(weight: Tensor) -> bool:
+    """Whether the convolution's kernels were written for so many taps, weight (D, K)."""
+    return 2 <= weight.shape[-1] <= 4
+
+
+def takes_conv(x: Tensor, weight: Tensor, *rest) -> bool:
+    """Whether causal_conv runs on these inputs."""
+    return usable(x) and takes_taps(weight)
+
+
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Causal depthwise convolution over tokens, then SiLU.
 
@@ -1161,7 +1189,7 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None = N
     Sums are in float32. Raises ValueError where shapes do not fit.
     """
     (B, T, D), K = x.shape, weight.shape[-1]
-    if weight.shape != (D, K) or bias.shape != (D,) or not 2 <= K <= 4:
+    if weight.shape != (D, K) or bias.shape != (D,) or not takes_taps(weight):
         raise ValueError(f"weight must be ({D}, 2 to 4) and bias ({D},) to go with x; got {weight.shape}, {bias.shape}")
     if tail is not None and tail.shape != (B, K - 1, D):
         raise ValueError(f"tail must be ({B}, {K - 1}, {D}); got {tail.shape}")
@@ -1228,16 +1256,16 @@ def cross_entropy(logits: Tensor, targets: Tensor, grad: bool) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Inference: what lies between matrix products, and matrix products of few rows
+# Inference: what lies between matrix products
 #
-# Bound by memory (weights, caches and activations are read once) or, in small batches, by the time from one kernel's
-# end to the next one's start: some of a layer's twelve kernels take no longer than that. So these are launched before
-# their predecessor has ended (Hopper's programmatic dependent launch) and wait for it before they read what it writes
-# and before they write at all. What it does not write, weights above all, is on its way by then.
+# Bound by memory (activations are read once) or, in small batches, by the time from one kernel's end to the next one's
+# start: some of a layer's twelve kernels take no longer than that. So these, and the ones of engine_kernels.py, are
+# launched before their predecessor has ended (Hopper's programmatic dependent launch). They wait for it before they
+# read its results and before they write at all. What it does not write, weights above all, is on its way by then.
 
 
 @triton.jit
-def _wait():
+def wait():
     """Until all that was launched before is done, and written. Then the next kernel may start, too, and wait here."""
     if not INTERPRET:
         tl.extra.cuda.gdc_wait()
@@ -1245,7 +1273,7 @@ def _wait():
 
 
 @triton.jit
-def _rms(v, n, eps):
+def rms(v, n, eps):
     """1 / the root mean square of v's n numbers (and zeros)."""
     return tl.rsqrt(tl.sum(v * v) / n + eps)
 
@@ -1256,7 +1284,7 @@ def rope_kernel(x, cos, sin, y, T, x_b, x_t, cos_b, cos_t, H, E: tl.constexpr, B
     t, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     h, i = tl.arange(0, BH)[:, None], tl.arange(0, BE)[None, :]
     here = (h < H) & (i < E // 2)
-    _wait()
+    wait()
     c = tl.load(cos + b * cos_b + t * cos_t + i, mask=i < E // 2, other=0.0)
     s = tl.load(sin + b * cos_b + t * cos_t + i, mask=i < E // 2, other=0.0)
     at = x + b * x_b + t.to(tl.int64) * x_t + h * E + i
@@ -1266,7 +1294,7 @@ def rope_kernel(x, cos, sin, y, T, x_b, x_t, cos_b, cos_t, H, E: tl.constexpr, B
     tl.store(at + E // 2, (x1 * c + x0 * s).to(y.dtype.element_ty), mask=here)
 
 
-def rope(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+def apply_rope(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
     """Rotary position embedding of x (B, T, H, E) by cos and sin (B or 1, T, 1, E / 2) -> (B, T, H, E)."""
     (B, T, H, E), (cos, sin) = x.shape, (u.expand(len(x), -1, -1, -1) for u in angles)
     x = x if x.stride()[2:] == (E, 1) else x.contiguous()
@@ -1282,10 +1310,10 @@ def rope(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
 def swiglu_kernel(gate, up, y, n, BLOCK: tl.constexpr):
     """y = gate sigmoid(gate) up, value by value."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    _wait()
+    wait()
     g = tl.load(gate + i, mask=i < n).to(tl.float32)
     u = tl.load(up + i, mask=i < n).to(tl.float32)
-    tl.store(y + i, (g * _sigmoid(g) * u).to(y.dtype.element_ty), mask=i < n)
+    tl.store(y + i, (g * sigmoid(g) * u).to(y.dtype.element_ty), mask=i < n)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -1297,316 +1325,24 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 @triton.jit
-def fuse_kernel(x, y, x_scale, y_scale, out, a, b, eps, D: tl.constexpr, BD: tl.constexpr):
+def normed_sum_kernel(x, y, x_scale, y_scale, out, a, b, eps, D: tl.constexpr, BD: tl.constexpr):
     """out = a x / rms(x) x_scale + b y / rms(y) y_scale, one program a row."""
     row, d = tl.program_id(0).to(tl.int64) * D, tl.arange(0, BD)
     x_scale = a * tl.load(x_scale + d, mask=d < D, other=0.0).to(tl.float32)
     y_scale = b * tl.load(y_scale + d, mask=d < D, other=0.0).to(tl.float32)
-    _wait()
+    wait()
     x = tl.load(x + row + d, mask=d < D, other=0.0).to(tl.float32)
     y = tl.load(y + row + d, mask=d < D, other=0.0).to(tl.float32)
-    x *= _rms(x, D, eps)
-    y *= _rms(y, D, eps)
+    x *= rms(x, D, eps)
+    y *= rms(y, D, eps)
     tl.store(out + row + d, (x * x_scale + y * y_scale).to(out.dtype.element_ty), mask=d < D)
 
 
-def fuse(x: Tensor, y: Tensor, x_scale: Tensor, y_scale: Tensor, a: float, b: float, eps: float) -> Tensor:
+def normed_sum(x: Tensor, y: Tensor, x_scale: Tensor, y_scale: Tensor, a: float, b: float, eps: float) -> Tensor:
     """a rms_norm(x) + b rms_norm(y) of two branches (..., D) with scales (D,), in one pass."""
     (x, y), D = (u.contiguous() for u in (x, y)), x.shape[-1]
     out = torch.empty_like(x)
-    fuse_kernel[(x.numel() // D,)](
+    normed_sum_kernel[(x.numel() // D,)](
         x, y, x_scale, y_scale, out, a, b, eps, D, triton.next_power_of_2(D), launch_pdl=True
     )
     return out
-
-
-MATVEC_ROWS, MATVEC_SIZE = 4, 8192  # of x: at most so many rows, of at most so many numbers
-MATVEC_TILE = 8192  # numbers of a weight that a program reads
-
-
-@triton.jit
-def matvec_kernel(weight, up, x, scale, add, y, eps, B, m, n, x_b,
-                  BM: tl.constexpr, BN: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr,
-                  ADD: tl.constexpr):  # fmt: skip
-    """y = W x, with RMS-normalised x where NORM, silu(W x) * (U x) where GATED, and y + add where ADD.
-
-    A program reads BM whole rows of W (m, n), and keeps them in registers for all B vectors x. The floor is W at the
-    memory's bandwidth, and all the rest is latency: it asks for its rows before it waits for x.
-    """
-    i, j = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, BN)
-    here = (i < m)[:, None] & (j < n)[None, :]
-    at = i.to(tl.int64)[:, None] * n + j[None, :]
-    w = tl.load(weight + at, mask=here, other=0.0)
-    if GATED:
-        u = tl.load(up + at, mask=here, other=0.0)
-    if NORM:
-        s = tl.load(scale + j, mask=j < n, other=0.0)
-    _wait()
-    for b in tl.range(B):
-        v = tl.load(x + b * x_b + j, mask=j < n, other=0.0).to(tl.float32)
-        norm = 1.0
-        if NORM:
-            norm = _rms(v, n, eps)
-            v *= s.to(tl.float32)
-        out = tl.sum(w.to(tl.float32) * v[None, :], 1) * norm
-        if GATED:
-            out = out * _sigmoid(out) * (tl.sum(u.to(tl.float32) * v[None, :], 1) * norm)
-        if ADD:
-            out += tl.load(add + b * m + i, mask=i < m, other=0.0).to(tl.float32)
-        tl.store(y + b * m + i, out.to(y.dtype.element_ty), mask=i < m)
-
-
-def fits_matvec(x: Tensor) -> bool:
-    """Whether x (B, 1, n) is for matvec: more rows are faster in a matrix product, longer ones do not fit a program."""
-    return len(x) <= MATVEC_ROWS and x.shape[-1] <= MATVEC_SIZE
-
-
-def matvec(
-    x: Tensor, weight: Tensor, up: Tensor | None = None, scale: Tensor | None = None, eps: float = 0.0,
-    add: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """A linear layer of few tokens, x (B, 1, n) with weight (m, n) -> (B, 1, m) in x's dtype, and what is around it.
-
-    scale (n,): x is RMS-normalised first; up (m, n): returns silu(weight x) * (up x); add (B, 1, m) is added at last.
-    All contiguous but x's rows; weight, up and scale must not be written by the kernel that was launched just before.
-    """
-    (m, n), B = weight.shape, len(x)
-    y, BN = x.new_empty(B, 1, m), triton.next_power_of_2(n)
-    BM = max(1, min(8, MATVEC_TILE // BN // (1 if up is None else 2)))
-    matvec_kernel[(triton.cdiv(m, BM),)](
-        weight, up, x, scale, add, y, eps, B, m, n, x.stride(0),
-        BM, BN, up is not None, scale is not None, add is not None, launch_pdl=True,
-    )  # fmt: skip
-    return y
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Decoding: one new token a row, over caches that are updated in place
-#
-# Each kernel does all it can of what lies between two matrix products. Positions are read on the device: a CUDA graph
-# of these kernels stays right as the cache fills.
-
-DECODE_KEYS, DECODE_PROGRAMS = 64, 1024  # of decode_attention: slots a tile, and how many programs fill the chip
-
-
-@triton.jit
-def rope_append_kernel(proj, cos, sin, pos, out, keys, values, proj_b, keys_b, keys_s, values_b, values_s,
-                       H, G, window, n_meta, E: tl.constexpr, F: tl.constexpr, BE: tl.constexpr,
-                       BF: tl.constexpr):  # fmt: skip
-    """out = R(pos) q for heads 0 ... H; programs H ... H + G store R(pos) k and v in the token's slot of the cache,
-    R the rotation of channels i and i + E / 2 by the angle whose cos and sin are given. Grid (H [+ G], B)."""
-    h = tl.program_id(0)
-    b = tl.program_id(1).to(tl.int64)
-    i = tl.arange(0, BE)
-    half = i < E // 2
-    _wait()
-    c = tl.load(cos + b * (E // 2) + i, mask=half)
-    s = tl.load(sin + b * (E // 2) + i, mask=half)
-    proj += b * proj_b
-    x0 = tl.load(proj + h * E + i, mask=half).to(tl.float32)
-    x1 = tl.load(proj + h * E + E // 2 + i, mask=half).to(tl.float32)
-    into = out + (b * H + h) * E
-    if h >= H:
-        p = tl.load(pos + b)
-        slot = tl.where((window == 0) | (p < n_meta), p, n_meta + (p - n_meta) % tl.maximum(window, 1))
-        into = keys + b * keys_b + slot * keys_s + (h - H) * E
-        f = tl.arange(0, BF)
-        value = tl.load(proj + (H + G) * E + (h - H) * F + f, mask=f < F)
-        tl.store(values + b * values_b + slot * values_s + (h - H) * F + f, value, mask=f < F)
-    tl.store(into + i, (x0 * c - x1 * s).to(out.dtype.element_ty), mask=half)
-    tl.store(into + E // 2 + i, (x1 * c + x0 * s).to(out.dtype.element_ty), mask=half)
-
-
-def rope_append(
-    proj: Tensor, cos: Tensor, sin: Tensor, pos: Tensor, keys: Tensor, values: Tensor,
-    n_head: int, owns_kv: bool, window: int, n_meta: int,
-) -> Tensor:  # fmt: skip
-    """Rotate queries and keys to their positions pos (B,), cos and sin (B, 1, 1, E / 2); returns q (B, 1, H, E).
-
-    proj (B, 1, ...) begins with q (H E) and, where the block owns them, k (G E) and v (G F), which go into their slot
-    of keys (B, S, G, E) and values (B, S, G, F): pos itself where window is 0, else one of n_meta pinned slots or of
-    the ring behind them.
-    """
-    B, (G, E), F = len(proj), keys.shape[2:], values.shape[-1]
-    out = proj.new_empty(B, 1, n_head, E)
-    rope_append_kernel[(n_head + G * owns_kv, B)](
-        proj, cos, sin, pos, out, keys, values, proj.stride(0), *keys.stride()[:2], *values.stride()[:2],
-        n_head, G, window, n_meta, E, F, triton.next_power_of_2(E // 2), triton.next_power_of_2(F),
-        num_warps=1, launch_pdl=True,
-    )  # fmt: skip
-    return out
-
-
-@triton.jit(do_not_specialize=["S", "length"])
-def decode_split(q, k, v, pos, o, lse, S, length, scale, k_b, k_s, v_b, v_s, H,
-                 R: tl.constexpr, BR: tl.constexpr, E: tl.constexpr, F: tl.constexpr, BE: tl.constexpr,
-                 BF: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    """o = sum_j p_j v_j / sum_j p_j over slots j of one part of the cache, p_j = exp(q . k_j / sqrt(E)), and its lse.
-
-    One program a row, key/value head and part of `length` slots: its keys and values are read once for all R query
-    heads of the group, padded to the 16 rows of a matrix product that costs nothing beside the loads. The floor is
-    2 (E + F) bytes a slot and head at the memory's bandwidth; parts are there to put enough programs on the chip.
-    Grid (parts, G, B); o (B, H, parts, F), lse (B, H, parts) in units of log2.
-    """
-    part, g = tl.program_id(0), tl.program_id(1)
-    b = tl.program_id(2).to(tl.int64)
-    _wait()
-    end = tl.minimum(tl.load(pos + b) + 1, S).to(tl.int32)  # the slots that are filled
-    first = part * length
-    r, j, e, f = tl.arange(0, BR), tl.arange(0, BK), tl.arange(0, BE), tl.arange(0, BF)
-    head = b * H + g * R + r
-    at = head * tl.num_programs(0) + part
-    if first >= end:
-        tl.store(lse + at, tl.full((BR,), float("-inf"), tl.float32), mask=r < R)
-        return
-    end = tl.minimum(end, first + length)
-    query = tl.load(q + head[:, None] * E + e[None, :], mask=(r < R)[:, None] & (e < E)[None, :], other=0.0)
-    k += b * k_b + g * E + e[None, :]
-    v += b * v_b + g * F + f[None, :]
-    acc = tl.zeros((BR, BF), tl.float32)
-    m = tl.full((BR,), -1e30, tl.float32)
-    total = tl.zeros((BR,), tl.float32)
-    for j0 in tl.range(first, end, BK):
-        slot = (j0 + j).to(tl.int64)[:, None]
-        seen = j0 + j < end
-        key = tl.load(k + slot * k_s, mask=seen[:, None] & (e < E)[None, :], other=0.0)
-        value = tl.load(v + slot * v_s, mask=seen[:, None] & (f < F)[None, :], other=0.0)
-        score = tl.dot(query, key.T, input_precision="ieee") * scale  # (BR, BK)
-        score = tl.where(seen[None, :], score, float("-inf"))
-        m_new = tl.maximum(m, tl.max(score, 1))
-        p = tl.exp2(score - m_new[:, None])
-        shrink = tl.exp2(m - m_new)
-        total = total * shrink + tl.sum(p, 1)
-        acc = tl.dot(p.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")
-        m = m_new
-    tl.store(lse + at, m + tl.log2(total), mask=r < R)
-    here = (r < R)[:, None] & (f < F)[None, :]
-    tl.store(o + at[:, None] * F + f[None, :], (acc / total[:, None]).to(o.dtype.element_ty), mask=here)
-
-
-@triton.jit(do_not_specialize=["parts"])
-def decode_combine(o, lse, out, parts, F: tl.constexpr, BF: tl.constexpr, BP: tl.constexpr):
-    """out = sum_i w_i o_i / sum_i w_i over the parts, w_i = exp(lse_i), always in the same order; nothing was written
-    to o where lse is -inf. Grid (H, B)."""
-    row = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    i, f = tl.arange(0, BP), tl.arange(0, BF)
-    _wait()
-    acc = tl.zeros((BP, BF), tl.float32)
-    total = tl.zeros((BP,), tl.float32)
-    m = tl.max(tl.full((BP,), -1e30, tl.float32), 0)
-    for i0 in tl.range(0, parts, BP):
-        here = i0 + i < parts
-        part = tl.load(lse + row * parts + i0 + i, mask=here, other=float("-inf"))
-        x = o + (row * parts + i0 + i)[:, None] * F + f[None, :]
-        x = tl.load(x, mask=here[:, None] & (f < F)[None, :], other=0.0)
-        m_new = tl.maximum(m, tl.max(part, 0))
-        w = tl.exp2(part - m_new)
-        shrink = tl.exp2(m - m_new)
-        acc = acc * shrink + tl.where((w > 0)[:, None], w[:, None] * x, 0.0)
-        total = total * shrink + w
-        m = m_new
-    tl.store(out + row * F + f, (tl.sum(acc, 0) / tl.sum(total, 0)).to(out.dtype.element_ty), mask=f < F)
-
-
-def decode_attention(q: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> Tensor:
-    """One new token's attention over the cache: q (B, 1, H, E), k (B, S, G, E), v (B, S, G, F) -> (B, 1, H, F).
-
-    pos (B,) int64: the token's position; a row sees slots 0 ... pos, all S once the ring is full. The parts that the
-    cache is cut into follow from the shapes alone, and are added up in one order: same bits from run to run.
-    """
-    (B, _, H, E), (_, S, G, F) = q.shape, v.shape
-    R, q, out, f32 = H // G, q.contiguous(), q.new_empty(B, 1, H, F), dict(dtype=torch.float32)
-    BK, BF = DECODE_KEYS * 2 // q.element_size(), triton.next_power_of_2(F)
-    parts = max(1, min(triton.cdiv(S, BK), DECODE_PROGRAMS // (B * G)))
-    length = triton.cdiv(triton.cdiv(S, parts), BK) * BK
-    parts = triton.cdiv(S, length)
-    o, lse = out if parts == 1 else q.new_empty(B, H, parts, F, **f32), q.new_empty(B, H, parts, **f32)
-    decode_split[(parts, G, B)](
-        q, k, v, pos, o, lse, S, length, math.log2(math.e) / math.sqrt(E), *k.stride()[:2], *v.stride()[:2], H,
-        R, max(16, triton.next_power_of_2(R)), E, F, triton.next_power_of_2(E), BF, BK, num_warps=4, num_stages=2,
-        launch_pdl=True,
-    )  # fmt: skip
-    if parts > 1:
-        decode_combine[(H, B)](o, lse, out, parts, F, BF, 32, launch_pdl=True)
-    return out
-
-
-@triton.jit
-def conv_step_kernel(x, weight, bias, tail, y, x_b, tail_b, D, K: tl.constexpr, BD: tl.constexpr):
-    """y = silu(bias + sum_k w_k x_{t - K + 1 + k}), with the last K - 1 inputs in tail (B, K - 1, D), which moves on by
-    one. Grid (D / BD, B)."""
-    b = tl.program_id(1).to(tl.int64)
-    d = tl.program_id(0) * BD + tl.arange(0, BD)
-    here = d < D
-    tail += b * tail_b + d
-    total = tl.load(bias + d, mask=here).to(tl.float32)
-    _wait()
-    for k in tl.static_range(K - 1):
-        u = tl.load(tail + k * D, mask=here)
-        total += tl.load(weight + d * K + k, mask=here).to(tl.float32) * u.to(tl.float32)
-        if k > 0:
-            tl.store(tail + (k - 1) * D, u, mask=here)
-    u = tl.load(x + b * x_b + d, mask=here)
-    total += tl.load(weight + d * K + K - 1, mask=here).to(tl.float32) * u.to(tl.float32)
-    tl.store(tail + (K - 2) * D, u.to(tail.dtype.element_ty), mask=here)
-    tl.store(y + b * D + d, (total * _sigmoid(total)).to(y.dtype.element_ty), mask=here)
-
-
-def conv_step(proj: Tensor, weight: Tensor, bias: Tensor, tail: Tensor) -> Tensor:
-    """causal_conv of one token -> y (B, 1, D); proj (B, 1, ...) ends with its x and z; the tail moves on in place."""
-    B, D = len(proj), len(weight)
-    y = proj.new_empty(B, 1, D)
-    conv_step_kernel[(triton.cdiv(D, 128), B)](
-        proj[..., -2 * D :], weight, bias, tail, y, proj.stride(0), tail.stride(0), D, weight.shape[1], 128,
-        launch_pdl=True,
-    )  # fmt: skip
-    return y
-
-
-@triton.jit
-def scan_step_kernel(x, dt, A_log, BC, D_skip, z, bias, state, B_scale, C_scale, y, eps, D,
-                     x_b, dt_b, BC_b, z_b, state_b,
-                     N: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, NORM: tl.constexpr):  # fmt: skip
-    """h <- exp(dt A) h + dt x B, y = (C . h + D x) silu(z), with dt = softplus(dt + bias), A = -exp(A_log), and B, C
-    RMS-normalised first where NORM. Grid (D / BD, B). Floor: the float32 state, read and written once."""
-    b = tl.program_id(1).to(tl.int64)
-    d = tl.program_id(0) * BD + tl.arange(0, BD)
-    n = tl.arange(0, BN)
-    in_d = d < D
-    here = in_d[:, None] & (n < N)[None, :]
-    state += b * state_b + d[:, None] * N + n[None, :]
-    h = tl.load(state, mask=here, other=0.0)
-    A = -tl.exp2(LOG2E * tl.load(A_log + d[:, None] * N + n[None, :], mask=here, other=0.0).to(tl.float32))
-    _wait()
-    u = tl.load(x + b * x_b + d, mask=in_d, other=0.0).to(tl.float32)
-    gate = tl.load(z + b * z_b + d, mask=in_d, other=0.0).to(tl.float32)
-    step = tl.load(dt + b * dt_b + d, mask=in_d, other=0.0).to(tl.float32)
-    step = _softplus(step + tl.load(bias + d, mask=in_d, other=0.0).to(tl.float32))
-    Bt = tl.load(BC + b * BC_b + n, mask=n < N, other=0.0).to(tl.float32)
-    Ct = tl.load(BC + b * BC_b + N + n, mask=n < N, other=0.0).to(tl.float32)
-    if NORM:
-        Bt *= _rms(Bt, N, eps) * tl.load(B_scale + n, mask=n < N, other=0.0).to(tl.float32)
-        Ct *= _rms(Ct, N, eps) * tl.load(C_scale + n, mask=n < N, other=0.0).to(tl.float32)
-    h = tl.exp2(LOG2E * step[:, None] * A) * h + (step * u)[:, None] * Bt[None, :]
-    tl.store(state, h, mask=here)
-    out = tl.sum(h * Ct[None, :], 1) + tl.load(D_skip + d, mask=in_d, other=0.0) * u
-    tl.store(y + b * D + d, (out * gate * _sigmoid(gate)).to(y.dtype.element_ty), mask=in_d)
-
-
-def scan_step(
-    x: Tensor, dt: Tensor, A_log: Tensor, parameters: Tensor, D: Tensor, proj: Tensor, dt_bias: Tensor, state: Tensor,
-    B_scale: Tensor | None, C_scale: Tensor | None, eps: float,
-) -> Tensor:  # fmt: skip
-    """selective_scan of one token x, dt (B, 1, D) -> y (B, 1, D), with A = -exp(A_log); the state moves on in place.
-
-    parameters (B, 1, ...) end with B and C (N each), which are RMS-normalised first where scales (N,) are given; proj
-    (B, 1, ...) ends with z. The state (B, D, N) is float32, as A_log, D and dt_bias should be.
-    """
-    (b, _, d), n = x.shape, A_log.shape[1]
-    y = x.new_empty(b, 1, d)
-    scan_step_kernel[(triton.cdiv(d, 32), b)](
-        x, dt, A_log, parameters[..., -2 * n :], D, proj[..., -d:], dt_bias, state, B_scale, C_scale, y, eps, d,
-        x.stride(0), dt.stride(0), parameters.stride(0), proj.stride(0), state.stride(0),
-        n, triton.next_power_of_2(n), 32, B_scale is not None, num_warps=1, launch_pdl=True,
-    )  # fmt: skip
-    return y

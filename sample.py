@@ -16,156 +16,40 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
 
-import tiktoken
 import torch
 
-import prepare
-from model import Hymba, check_sampling
-from weights import pretrained_folder
+import checkpoint
+import ops
+from engine import Engine, check_sampling
+from tokenizer import ReleasedTokenizer, Tokenizer, chat_template, detokenizer, stops, tokenizer_of
 
 
-def read_json(file: Path) -> dict:
-    return json.loads(file.read_text()) if file.is_file() else {}
-
-
-class ReleasedTokenizer:
-    """A released model's tokenizer.json, with the names that tiktoken.Encoding has for what is used here.
-
-    Raises FileNotFoundError without tokenizer.json, ValueError if it is corrupt, if no file says which token ends a
-    text, or, with the line to install, if the package tokenizers is missing.
-    """
-
-    def __init__(self, folder: Path):
-        if not (folder / "tokenizer.json").is_file():
-            raise FileNotFoundError(f"{folder} has no tokenizer.json")
-        try:
-            import tokenizers
-        except ImportError:
-            raise ValueError(f"{folder} needs a package that is missing: pip install tokenizers") from None
-        try:
-            self.tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as e:  # all that the package raises
-            raise ValueError(f"{folder / 'tokenizer.json'} is corrupt: {e}") from None
-        self.tokenizer.no_truncation()  # some files were saved with the limits of their training
-        self.n_vocab = self.tokenizer.get_vocab_size()
-        configs = [read_json(folder / f"{name}.json") for name in ("tokenizer_config", "generation_config", "config")]
-        eos = configs[0].get("eos_token")
-        stops = [self.tokenizer.token_to_id(eos["content"] if isinstance(eos, dict) else eos or "")]
-        for config in configs[1:]:
-            ids = config.get("eos_token_id")
-            stops += ids if isinstance(ids, list) else [ids]
-        stops = [token for token in stops if token is not None]
-        if not stops:
-            raise ValueError(f"{folder} says nowhere which token ends a text: its config.json needs an eos_token_id")
-        self.eot_token, self.stops = stops[0], set(stops)
-
-    def encode_ordinary(self, text: str) -> list[int]:
-        """The tokens of text, behind the token that begins every text if there is one."""
-        return self.tokenizer.encode(text).ids
-
-    def encode(self, text: str) -> list[int]:
-        """The tokens of text and of the special tokens written in it, as a chat template does."""
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
-
-    def decode(self, tokens: list[int]) -> str:
-        """The text of tokens, special ones left out."""
-        return self.tokenizer.decode(tokens)
-
-
-def stops(tokenizer: tiktoken.Encoding | ReleasedTokenizer) -> set[int]:
-    """The tokens that end a text: released models may have several."""
-    return getattr(tokenizer, "stops", {tokenizer.eot_token})
-
-
-def decoder(tokenizer: tiktoken.Encoding | ReleasedTokenizer, before: list[int]) -> Callable[[int], str]:
-    """A function that is given one token after the other, and returns what each adds to the text of those before.
-
-    A character whose bytes are spread over tokens comes when it is whole.
-    """
-    tokens = before[-8:]  # some tokens read differently at the beginning of a text
-    start, done = 0, len(tokens)
-
-    def add(token: int) -> str:
-        nonlocal start, done
-        if token >= tokenizer.n_vocab:  # a vocabulary padded to a multiple of 64: never trained, nor text
-            return ""
-        tokens.append(token)
-        old, new = tokenizer.decode(tokens[start:done]), tokenizer.decode(tokens[start:])
-        if new.endswith("\ufffd") and len(tokens) - done < 4:  # UTF-8 has at most four bytes
-            return ""
-        start, done = done, len(tokens)
-        return new[len(old) :]
-
-    return add
-
-
-def stream(
-    model: Hymba, tokenizer: tiktoken.Encoding | ReleasedTokenizer, prompt: str, max_new_tokens: int, **options
-) -> str:
+def stream(engine: Engine, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, **options) -> str:
     """Print the prompt and its continuation piece by piece, up to the end of the text, and return both.
 
-    options go to Hymba.generate.
+    options go to Engine.generate.
     """
     text = prompt
     print(prompt, end="", flush=True)
     tokens = tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token]
-    add = decoder(tokenizer, tokens)
-    for (token,) in model.generate([tokens], max_new_tokens, stop=stops(tokenizer), **options):
+    add = detokenizer(tokenizer, tokens)
+    for (token,) in engine.generate([tokens], max_new_tokens, stop=stops(tokenizer), **options):
         text += (piece := add(token))
         print(piece, end="", flush=True)
     print()
     return text
 
 
-def chat_template(folder: Path) -> Callable[[list[dict]], str]:
-    """A released model's chat template: a function from messages ({"role", "content"}) to the text the model continues.
-
-    Raises ValueError if there is none, if it refuses the messages, or, with the line to install, without jinja2.
-    """
-    config, file = read_json(folder / "tokenizer_config.json"), folder / "chat_template.jinja"
-    source = file.read_text() if file.is_file() else config.get("chat_template")
-    if isinstance(source, list):  # several by name
-        source = {template["name"]: template["template"] for template in source}.get("default")
-    if not source:
-        raise ValueError(f"{folder} has no chat template, so it was not trained to chat: use --prompt")
-    try:
-        import jinja2
-        from jinja2.sandbox import ImmutableSandboxedEnvironment  # templates are downloaded code
-    except ImportError:
-        raise ValueError("--chat needs a package that is missing: pip install jinja2") from None
-
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(  # as transformers sets it up
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals |= {"raise_exception": raise_exception, "strftime_now": datetime.now().strftime}
-    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        token = config.get(name) or ""
-        environment.globals[name] = token["content"] if isinstance(token, dict) else token
-
-    def render(messages: list[dict]) -> str:
-        try:
-            return environment.from_string(source).render(messages=messages, add_generation_prompt=True)
-        except jinja2.TemplateError as e:
-            raise ValueError(f"the chat template of {folder}: {e}") from None
-
-    render([{"role": "user", "content": "Hello"}])  # whatever is wrong with it shows before the model is loaded
-    return render
-
-
 def chat(
-    model: Hymba, tokenizer: ReleasedTokenizer, render: Callable, max_new_tokens: int, seed: int = 0, **options
+    engine: Engine, tokenizer: ReleasedTokenizer, render: Callable, max_new_tokens: int, seed: int = 0, **options
 ) -> None:
     """A conversation in the terminal, until an empty line or Ctrl-D. Ctrl-C stops an answer.
 
     The cache is kept between turns, and reads only what each turn adds. An SSM state cannot take tokens back: where the
     conversation does not begin with the tokens in the cache (the template drops or changes what was said before, or the
-    tokens of an answer are not those that its text is cut into), all of it is read again. options go to Hymba.generate.
+    tokens of an answer are not those that its text is cut into), all of it is read again. options go to generate.
     """
     messages, cache, seen = [], None, []
     while True:
@@ -180,17 +64,17 @@ def chat(
         if cache is None or tokens[:-1][: len(seen)] != seen:  # one token at least must be new
             if seen:
                 print("[reading the whole conversation again: nothing is lost but time]", file=sys.stderr)
-            cache, seen = model.new_cache(1, len(tokens) + max_new_tokens), []
-        answer, text, add = [], "", decoder(tokenizer, tokens)
+            cache, seen = engine.new_cache(1, len(tokens) + max_new_tokens), []
+        answer, text, add = [], "", detokenizer(tokenizer, tokens)
         try:
             new = [tokens[len(seen) :]]
-            for (token,) in model.generate(new, max_new_tokens, seed=seed + len(messages), cache=cache, **options):
+            for (token,) in engine.generate(new, max_new_tokens, seed=seed + len(messages), cache=cache, **options):
                 if token in stops(tokenizer):
                     break
                 answer.append(token)
                 text += (piece := add(token))
                 print(piece, end="", flush=True)
-            seen = (tokens + answer)[: int(cache.pos) - model.config.n_meta]
+            seen = (tokens + answer)[: int(cache.pos) - engine.model.config.n_meta]
             status = f"[cache: {cache.nbytes / 1e6:,.1f} MB, {len(seen):,} tokens]"
         except KeyboardInterrupt:  # some blocks may have seen a token that others have not
             cache, seen, status = None, [], "[stopped: the next turn reads the whole conversation again]"
@@ -200,8 +84,8 @@ def chat(
 
 
 def write_jsonl(
-    model: Hymba,
-    tokenizer: tiktoken.Encoding | ReleasedTokenizer,
+    engine: Engine,
+    tokenizer: Tokenizer,
     prompts: list[str],
     batch_size: int,
     max_new_tokens: int,
@@ -209,13 +93,13 @@ def write_jsonl(
 ) -> None:
     """Print {"prompt": ..., "text": ...} for every prompt, in order, as soon as it and those before it are done.
 
-    text is the continuation alone. options go to Hymba.generate; prompt i draws from stream i in batches of any size.
+    text is the continuation alone. options go to Engine.generate; prompt i draws from stream i in batches of any size.
     """
     for first in range(0, len(prompts), batch_size):
         batch = prompts[first : first + batch_size]
         rows = [tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token] for prompt in batch]
-        adds, texts, written = [decoder(tokenizer, row) for row in rows], ["" for _ in batch], 0
-        for step in model.generate(rows, max_new_tokens, stop=stops(tokenizer), first_row=first, **options):
+        adds, texts, written = [detokenizer(tokenizer, row) for row in rows], ["" for _ in batch], 0
+        for step in engine.generate(rows, max_new_tokens, stop=stops(tokenizer), first_row=first, **options):
             for i, token in enumerate(step):
                 texts[i] += "" if token is None else adds[i](token)
             while step[written] is None:  # some row is still going
@@ -258,7 +142,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16"], help="of the weights [bfloat16 on cuda, else the checkpoint's]"
     )
+    parser.add_argument("--kernels", choices=["True", "False"], default="True", help="Triton kernels on a GPU [True]")
     args = parser.parse_args(argv)
+    if args.kernels == "False":
+        ops.use_kernels(False)
     check_sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p)  # before the model is loaded
     if args.n_samples < 1:
         raise ValueError(f"n_samples={args.n_samples}: must be 1 or more")
@@ -279,22 +166,22 @@ def main(argv: list[str]) -> None:
     newest = runs and [f.parent for f in runs if f.parts[:2] == runs[-1].parts[:2]]  # of the newest run
     device = pick_device(args.device)
     name = args.init_from or min(newest)  # best before last
-    folder = pretrained_folder(name, weights=False)
-    spec = read_json(folder / "config.json").get("tokenizer")  # of train.py's checkpoints
-    tokenizer = prepare.load_tokenizer(spec, folder) if spec else ReleasedTokenizer(folder)
+    folder = checkpoint.pretrained_folder(name, weights=False)
+    tokenizer = tokenizer_of(folder)
     render = chat_template(folder) if args.chat else None
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else None)
-    model = Hymba.from_pretrained(name, dtype and getattr(torch, dtype), device).eval()
+    model = checkpoint.load(name, dtype and getattr(torch, dtype), device).eval()
+    engine = Engine(model)
     print(f"{folder}: {model.config.pattern}, {model.num_params():,} parameters, on {device}", file=sys.stderr)
     options = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     if args.chat:
-        return chat(model, tokenizer, render, args.max_new_tokens, seed=args.seed, **options)
+        return chat(engine, tokenizer, render, args.max_new_tokens, seed=args.seed, **options)
     if args.file:
-        return write_jsonl(model, tokenizer, prompts, args.batch_size, args.max_new_tokens, seed=args.seed, **options)
+        return write_jsonl(engine, tokenizer, prompts, args.batch_size, args.max_new_tokens, seed=args.seed, **options)
     for i in range(args.n_samples):
         if i:
             print("-" * 80)
-        stream(model, tokenizer, args.prompt, args.max_new_tokens, seed=args.seed + i, **options)
+        stream(engine, tokenizer, args.prompt, args.max_new_tokens, seed=args.seed + i, **options)
 
 
 if __name__ == "__main__":

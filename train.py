@@ -22,21 +22,25 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import checkpoint
+import cost
+import ops
 import prepare
 import sample
 from model import Hymba, HymbaConfig
+from tokenizer import load_tokenizer
 
 
 @dataclass
@@ -68,6 +72,8 @@ class TrainConfig:
     log_interval: int = 10
     device: str = ""  # empty: cuda, else mps, else cpu
     compile: bool = True  # torch.compile, on CUDA only
+    kernels: bool = True  # Triton kernels where there are a GPU and Triton
+    threads: int = 0  # on a CPU; 0: one or all, whichever takes the shorter step when training starts
     seed: int = 1337
     prompt: str = "def "  # of the sample at the end; empty: none
     sample_tokens: int = 300
@@ -78,7 +84,7 @@ class TrainConfig:
         for name in ("batch_size", "grad_accum", "max_steps", "eval_interval", "eval_windows", "log_interval"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be 1 or more")
-        for name in ("grad_clip", "warmup_steps", "decay_steps", "weight_decay", "seed"):
+        for name in ("grad_clip", "warmup_steps", "decay_steps", "weight_decay", "threads", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be 0 or more")
         if not 0 <= self.min_lr <= self.learning_rate:
@@ -135,11 +141,8 @@ def learning_rate(cfg: TrainConfig, step: int) -> float:
     """The rate of a step (0, 1, ...): linear warmup, then constant and linear decay (wsd), or a half cosine."""
     if step < cfg.warmup_steps:
         return cfg.learning_rate * (step + 1) / cfg.warmup_steps
-    span = (
-        cfg.max_steps - cfg.warmup_steps
-        if cfg.schedule == "cosine"
-        else min(cfg.decay_steps, cfg.max_steps - cfg.warmup_steps)
-    )
+    rest = cfg.max_steps - cfg.warmup_steps
+    span = rest if cfg.schedule == "cosine" else min(cfg.decay_steps, rest)
     left = min(1.0, (cfg.max_steps - step) / max(1, span))  # 1 before the decay, then down towards 0
     share = 0.5 - 0.5 * math.cos(math.pi * left) if cfg.schedule == "cosine" else left
     return cfg.min_lr + share * (cfg.learning_rate - cfg.min_lr)
@@ -163,7 +166,7 @@ def parse_stages(cfg: TrainConfig, block_size: int) -> list[tuple[int, int]]:
     return [(sum(steps[:i]), length) for i, length in enumerate(lengths)]
 
 
-def draw(sets: list[np.ndarray], mix: float, seed: tuple[int, ...], n: int, T: int) -> np.ndarray:
+def draw_windows(sets: list[np.ndarray], mix: float, seed: tuple[int, ...], n: int, T: int) -> np.ndarray:
     """n random windows of T + 1 tokens (n, T + 1), each from sets[1] with probability mix: a function of seed."""
     rng = np.random.default_rng(seed)
     which, where = rng.random(n) < mix, rng.random(n)
@@ -189,61 +192,6 @@ def optimizer_for(model: Hymba, cfg: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=fused)
 
 
-def save_checkpoint(folder: Path, model: Hymba, optimizer, extra: dict, tokenizer_file: Path) -> None:
-    """Write a checkpoint beside folder and rename it into place: wherever this stops, a whole one is left."""
-    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    shutil.rmtree(new, ignore_errors=True)
-    try:
-        model.save_pretrained(new, **extra)
-        if optimizer is not None:
-            names = {p: name for name, p in model.named_parameters()}
-            state = {f"{names[p]}.{k}": v for p, s in optimizer.state.items() for k, v in s.items()}
-            save_file(state, new / "optimizer.safetensors")
-        if tokenizer_file.is_file():
-            shutil.copy(tokenizer_file, new)
-    except SafetensorError as e:  # a full disk, say
-        shutil.rmtree(new, ignore_errors=True)
-        raise OSError(f"cannot write {folder}: {e}") from None
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def load_checkpoint(folder: Path, model: Hymba, optimizer, tokenizer: str, tokenizer_file: Path) -> dict:
-    """Load weights and optimizer state in place; returns config.json.
-
-    ValueError for a checkpoint of another architecture or tokenizer.
-    """
-    old = folder.with_name(folder.name + ".old")
-    if not folder.exists() and old.exists():  # the machine stopped between save_checkpoint's two renames
-        old.rename(folder)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"nothing to resume: {folder} holds no checkpoint; leave --resume out to start one")
-    extra = json.loads((folder / "config.json").read_text())
-    mine, theirs = asdict(model.config), asdict(HymbaConfig(**extra["model"]))
-    differ = [k for k in mine if mine[k] != theirs[k] and k not in ("block_size", "kernels")]
-    if differ:
-        changes = ", ".join(f"{k}={theirs[k]!r} there and {mine[k]!r} here" for k in differ)
-        raise ValueError(f"{folder} is a checkpoint of another architecture: {changes}")
-    ranks = [f.read_bytes() if f.is_file() else b"" for f in (tokenizer_file, folder / tokenizer_file.name)]
-    if extra["tokenizer"] != tokenizer or ranks[0] != ranks[1]:
-        raise ValueError(f"{folder} was trained with another tokenizer ({extra['tokenizer']}) than this data set's")
-    model.load_state_dict(Hymba.from_pretrained(folder).state_dict())
-    try:
-        state = load_file(folder / "optimizer.safetensors")
-    except (SafetensorError, FileNotFoundError) as e:
-        raise ValueError(f"{folder / 'optimizer.safetensors'} is corrupt: {e}") from None
-    for name, p in model.named_parameters():  # copies: the file is mapped, and about to be replaced
-        s = {k: state[f"{name}.{k}"] for k in ("step", "exp_avg", "exp_avg_sq")}
-        optimizer.state[p] = {k: v.to(p.device if k != "step" or p.is_cuda else "cpu", copy=True) for k, v in s.items()}
-    return extra
-
-
 def plot_loss(metrics: Path, picture: Path) -> None:
     """Training and validation loss against the step, from the JSON lines."""
     try:
@@ -264,9 +212,63 @@ def plot_loss(metrics: Path, picture: Path) -> None:
     plt.close()
 
 
-def main(argv: list[str]) -> None:
-    cfg, model_args = parse(argv)
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+# ----------------------------------------------------------------------------------------------------------------------
+# A run: what it needs is opened and checked before any time is spent
+
+
+@dataclass
+class Data:
+    """Token files: the training set (and the one for annealing), the validation set, and what meta.json says."""
+
+    folder: Path
+    train: list[np.ndarray]
+    val: np.ndarray
+    meta: dict
+
+    @property
+    def tokenizer_file(self) -> Path:
+        return self.folder / "tokenizer.tiktoken"
+
+
+@dataclass
+class Run:
+    """One training run in one of `world` processes."""
+
+    cfg: TrainConfig
+    data: Data
+    model: Hymba
+    optimizer: torch.optim.Optimizer
+    stages: list[tuple[int, int]]  # (first step, block_size)
+    device: torch.device
+    rank: int
+    world: int
+    step: int = 0  # steps done
+    best: float = math.inf  # validation loss
+
+    def __post_init__(self):
+        self.out = Path(self.cfg.out_dir)
+        self.metrics = self.out / "metrics.jsonl"
+        on_gpu = self.device.type == "cuda"
+        self.compiled = torch.compile(self.model) if self.cfg.compile and on_gpu else self.model
+        if self.world > 1:
+            self.compiled = DistributedDataParallel(self.compiled, device_ids=[self.device.index] if on_gpu else None)
+
+    def loss(self, windows: np.ndarray) -> Tensor:
+        """Mean loss of windows (n, T + 1) of tokens, in bfloat16 on a GPU."""
+        windows = torch.from_numpy(windows).to(self.device, non_blocking=True)
+        on_gpu = self.device.type == "cuda"
+        with torch.autocast("cuda", torch.bfloat16) if on_gpu else nullcontext():
+            return self.compiled(windows[:, :-1], windows[:, 1:])
+
+    def batch(self, step: int) -> tuple[int, int, int]:
+        """Of a step: block_size, sequences in one forward pass, and sequences of this process in all of its passes."""
+        T = next(length for first, length in reversed(self.stages) if step >= first)
+        tokens = self.cfg.batch_size * self.stages[0][1]
+        return T, max(1, tokens // T), tokens * self.cfg.grad_accum // T
+
+
+def start_process(cfg: TrainConfig) -> tuple[torch.device, int, int]:
+    """This process's device, its number, and how many there are (torchrun starts several)."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = sample.pick_device(cfg.device)
     if device.type == "cuda" and world > 1:
@@ -274,36 +276,50 @@ def main(argv: list[str]) -> None:
         torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    main_process = rank == 0
+    if not cfg.kernels:
+        ops.use_kernels(False)
+    return device, rank, world
 
-    # Data, and everything that could be wrong with the flags, before any time is spent
+
+def open_data(cfg: TrainConfig, rank: int, world: int) -> Data:
+    """The data sets of a run. The data set "python" is prepared if it is not there."""
     folder = Path(cfg.data_dir) / cfg.dataset
-    if cfg.dataset == "python" and not folder.exists() and main_process:
+    if cfg.dataset == "python" and not folder.exists() and rank == 0:
         prepare.prepare(["python"], data_dir=cfg.data_dir)
     if world > 1:
         dist.barrier()
-    (train_data, meta), (val_data, _) = (prepare.open_split(folder, split) for split in ("train", "val"))
-    sets = [train_data]
+    (train, meta), (val, _) = (prepare.open_split(folder, split) for split in ("train", "val"))
+    data = Data(folder, [train], val, meta)
     if cfg.anneal_dataset:
         second, second_meta = prepare.open_split(Path(cfg.data_dir) / cfg.anneal_dataset, "train")
-        ranks = [Path(cfg.data_dir) / name / "tokenizer.tiktoken" for name in (cfg.dataset, cfg.anneal_dataset)]
-        ranks = [f.read_bytes() if f.is_file() else b"" for f in ranks]
+        files = [Path(cfg.data_dir) / name / data.tokenizer_file.name for name in (cfg.dataset, cfg.anneal_dataset)]
+        ranks = [f.read_bytes() if f.is_file() else b"" for f in files]
         if meta["tokenizer"] != second_meta["tokenizer"] or ranks[0] != ranks[1]:
             raise ValueError(f"{cfg.dataset} and {cfg.anneal_dataset} have different tokenizers: prepare both alike")
-        sets.append(second)
-    vocab = meta["vocab_size"]
-    model_args.setdefault("vocab_size", -(-vocab // 64) * 64)  # rounded up: GPUs like multiples of 64
+        data.train.append(second)
+    return data
+
+
+def configure(cfg: TrainConfig, model_args: dict, data: Data) -> tuple[HymbaConfig, list[tuple[int, int]]]:
+    """The architecture and the stages of its block_size. Raises ValueError for what does not go with the data."""
+    vocab = data.meta["vocab_size"]
+    model_args = {"vocab_size": -(-vocab // 64) * 64} | model_args  # rounded up: GPUs like multiples of 64
     if model_args["vocab_size"] < vocab:
-        raise ValueError(
-            f"vocab_size={model_args['vocab_size']} is too small for data set {cfg.dataset}: it has {vocab}"
-        )
+        size = model_args["vocab_size"]
+        raise ValueError(f"vocab_size={size} is too small for data set {cfg.dataset}: it has {vocab}")
     config = HymbaConfig(**model_args)
     stages = parse_stages(cfg, config.block_size)
     config.block_size = stages[0][1]
     longest = max(length for _, length in stages)
-    for name, data in [("train", train_data), ("val", val_data), ("anneal", sets[-1])]:
-        if len(data) <= longest:
-            raise ValueError(f"the {name} data has {len(data)} tokens: too few for sequences of {longest} + 1")
+    for name, tokens in [("train", data.train[0]), ("val", data.val), ("anneal", data.train[-1])]:
+        if len(tokens) <= longest:
+            raise ValueError(f"the {name} data has {len(tokens)} tokens: too few for sequences of {longest} + 1")
+    return config, stages
+
+
+def start(cfg: TrainConfig, model_args: dict, data: Data, device: torch.device, rank: int, world: int) -> Run:
+    """A run at its first step, or with --resume at the step of its last checkpoint."""
+    config, stages = configure(cfg, model_args, data)
     out = Path(cfg.out_dir)
     last = out / "last"
     if (last.exists() or (out / "last.old").exists()) and not cfg.resume and not cfg.overwrite:
@@ -311,7 +327,6 @@ def main(argv: list[str]) -> None:
             f"{out} holds a run: --resume continues it, --overwrite replaces it, or pass another --out_dir"
         )
     out.mkdir(parents=True, exist_ok=True)
-
     torch.manual_seed(cfg.seed)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
@@ -319,142 +334,217 @@ def main(argv: list[str]) -> None:
     need = 32 * model.num_params()  # last (weights and two moments) and best, each twice while it is replaced
     if (free := shutil.disk_usage(out).free) < need:
         raise ValueError(f"{out} has {free / 1e6:.0f} MB free, but checkpoints need {need / 1e6:.0f} MB")
-    optimizer = optimizer_for(model, cfg)
-    start, best, metrics = 0, math.inf, out / "metrics.jsonl"
-    if cfg.resume:
-        extra = load_checkpoint(last, model, optimizer, meta["tokenizer"], folder / "tokenizer.tiktoken")
-        start, best = extra["step"], extra["best_val_loss"] or math.inf
-        if start >= cfg.max_steps:
-            raise ValueError(f"{last} is at step {start} of {cfg.max_steps}: raise --max_steps to go on")
-        quiet = ("resume", "overwrite", "out_dir", "data_dir", "device", "prompt", "sample_tokens", "max_steps")
-        changed = [k for k, v in asdict(cfg).items() if extra["train"].get(k) != v and k not in quiet]
-        if changed and main_process:
-            print(f"going on with other values of {', '.join(changed)} than {last} was trained with")
-    if main_process:
+    run = Run(cfg, data, model, optimizer_for(model, cfg), stages, device, rank, world)
+    threads = resume(run) if cfg.resume else 0
+    if device.type == "cpu" and world == 1:
+        torch.set_num_threads(cfg.threads or threads or faster_threads(run))
+    if rank == 0:
         for name in ("last", "best") if cfg.overwrite and not cfg.resume else ():
             shutil.rmtree(out / name, ignore_errors=True)
-        lines = metrics.read_text().splitlines(keepends=True) if cfg.resume and metrics.exists() else []
-        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= start]  # whole lines
-        metrics.with_suffix(".new").write_text("".join(kept))
-        metrics.with_suffix(".new").replace(metrics)
-        size = f"{model.num_params():,} parameters, {model.flops_per_token() / 1e6:,.0f} MFLOP a token"
+        lines = run.metrics.read_text().splitlines(keepends=True) if cfg.resume and run.metrics.exists() else []
+        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= run.step]  # whole lines
+        run.metrics.with_suffix(".new").write_text("".join(kept))
+        run.metrics.with_suffix(".new").replace(run.metrics)
+        size = f"{model.num_params():,} parameters, {cost.flops_per_token(model) / 1e6:,.0f} MFLOP a token"
         where = f"{device} x {world}" if world > 1 else f"{device}"
-        print(f"{config.pattern}: {size}, {len(train_data):,} training tokens, on {where}", flush=True)
+        print(f"{config.pattern}: {size}, {len(data.train[0]):,} training tokens, on {where}", flush=True)
+    return run
 
-    step_model = torch.compile(model) if cfg.compile and device.type == "cuda" else model
-    if world > 1:
-        step_model = DistributedDataParallel(step_model, device_ids=[device.index] if device.type == "cuda" else None)
-    autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
-    def loss_of(windows: np.ndarray) -> torch.Tensor:
-        windows = torch.from_numpy(windows).to(device, non_blocking=True)
-        with autocast:
-            return step_model(windows[:, :-1], windows[:, 1:])[1]
+# Flags that may differ from the checkpoint's without a word
+QUIET = {"resume", "overwrite", "out_dir", "data_dir", "device", "kernels", "threads", "prompt", "sample_tokens"}
+QUIET |= {"max_steps"}
 
-    @torch.no_grad()
-    def evaluate(T: int, micro: int) -> tuple[float, float]:
-        """Validation loss in nats per token and in bits per byte, over evenly spaced windows of T, micro at a time."""
-        starts = np.linspace(0, len(val_data) - T - 1, cfg.eval_windows).astype(int)[rank::world]
-        total = torch.zeros(2, device=device)
-        for i in range(0, len(starts), micro):
-            windows = np.stack([val_data[s : s + T + 1] for s in starts[i : i + micro]]).astype(np.int64)
-            total += torch.tensor([loss_of(windows).item() * len(windows), len(windows)], device=device)
-        if world > 1:
-            dist.all_reduce(total)
-        loss = (total[0] / total[1]).item()
-        return loss, loss / math.log(2) * meta["val"]["tokens"] / meta["val"]["bytes"]
 
-    def save(name: str, done: int) -> None:
-        extra = {"step": done, "best_val_loss": best if best < math.inf else None, "train": asdict(cfg)}
-        extra |= {"tokenizer": meta["tokenizer"]}
-        if main_process:
-            optimizer_or_none = optimizer if name == "last" else None
-            save_checkpoint(out / name, model, optimizer_or_none, extra, folder / "tokenizer.tiktoken")
+def resume(run: Run) -> int:
+    """Load out_dir/last into a run. Returns the threads it ran on, 0 if unknown: others would round differently.
 
-    stop = []  # signals received; a second one acts at once
-    for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, lambda number, frame: (stop.append(number), signal.signal(number, before[number])))
+    Raises ValueError if there is nothing to resume.
+    """
+    cfg, last = run.cfg, run.out / "last"
+    tokenizer = run.data.meta["tokenizer"], run.data.tokenizer_file
+    extra = checkpoint.load_training(last, run.model, run.optimizer, *tokenizer)
+    run.step, run.best = extra["step"], extra["best_val_loss"] or math.inf
+    if run.step >= cfg.max_steps:
+        raise ValueError(f"{last} is at step {run.step} of {cfg.max_steps}: raise --max_steps to go on")
+    changed = [k for k, v in asdict(cfg).items() if extra["train"].get(k) != v and k not in QUIET]
+    if changed and run.rank == 0:
+        print(f"going on with other values of {', '.join(changed)} than {last} was trained with")
+    return extra.get("threads", 0)
 
-    terminal = sys.stderr.isatty()
-    bar = tqdm(total=cfg.max_steps, initial=start, unit="step", disable=not (main_process and terminal))
-    pending, since = [], time.perf_counter()  # (step, loss and gradient norm on the device) not logged yet
-    for step in range(start, cfg.max_steps):
-        config.block_size = T = next(length for first, length in reversed(stages) if step >= first)
-        micro = max(1, cfg.batch_size * stages[0][1] // T)
-        n_local = cfg.batch_size * cfg.grad_accum * stages[0][1] // T  # sequences a step in this process
-        decaying = cfg.anneal_dataset and step >= cfg.max_steps - cfg.decay_steps
-        windows = draw(sets, cfg.anneal_mix if decaying else 0.0, (cfg.seed, step), n_local * world, T)
-        pieces = np.split(windows[rank * n_local : (rank + 1) * n_local], n_local // micro)
-        loss = torch.zeros((), device=device)
-        for i, piece in enumerate(pieces):
-            sync = nullcontext() if world == 1 or i == len(pieces) - 1 else step_model.no_sync()
-            with sync:
-                piece_loss = loss_of(piece) / len(pieces)
-                piece_loss.backward()
-            loss += piece_loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(cfg, step)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        pending.append(torch.stack([loss, norm.to(device)]))
-        done = step + 1
+
+def faster_threads(run: Run) -> int:
+    """One thread or all, whichever takes a forward and backward pass faster just now.
+
+    Threads wait for each other hundreds of times in a step. Where something else keeps one core busy, they all wait
+    for the thread on that core, and one alone is several times as fast.
+    """
+    T, micro, _ = run.batch(run.step)
+    windows = draw_windows(run.data.train, 0.0, (0,), min(micro, max(1, 1024 // T)), T)
+    took = {torch.get_num_threads(): math.inf, 1: math.inf}  # seconds
+    for n in [*took, *took] if len(took) > 1 else []:
+        torch.set_num_threads(n)
+        begin = time.perf_counter()
+        run.loss(windows).backward()
+        took[n] = min(took[n], time.perf_counter() - begin)
+    run.optimizer.zero_grad(set_to_none=True)
+    return min(took, key=took.get)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def train_step(run: Run, step: int) -> Tensor:
+    """One step of the optimizer; step counts from 0. Returns the loss and the gradient's norm (2,), on the device."""
+    cfg = run.cfg
+    T, micro, n_local = run.batch(step)
+    run.model.config.block_size = T  # RoPE's base follows it
+    decaying = cfg.anneal_dataset and step >= cfg.max_steps - cfg.decay_steps
+    mix = cfg.anneal_mix if decaying else 0.0
+    windows = draw_windows(run.data.train, mix, (cfg.seed, step), n_local * run.world, T)
+    pieces = np.split(windows[run.rank * n_local : (run.rank + 1) * n_local], n_local // micro)
+    loss = torch.zeros((), device=run.device)
+    for i, piece in enumerate(pieces):
+        with nullcontext() if run.world == 1 or i == len(pieces) - 1 else run.compiled.no_sync():
+            piece_loss = run.loss(piece) / len(pieces)
+            piece_loss.backward()
+        loss += piece_loss.detach()
+    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), cfg.grad_clip or math.inf)
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate(cfg, step)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    return torch.stack([loss, norm.to(run.device)])
+
+
+@torch.no_grad()
+def evaluate(run: Run) -> tuple[float, float]:
+    """Validation loss in nats per token and in bits per byte, over evenly spaced windows."""
+    val, (T, micro, _) = run.data.val, run.batch(run.step - 1)
+    starts = np.linspace(0, len(val) - T - 1, run.cfg.eval_windows).astype(int)[run.rank :: run.world]
+    total = torch.zeros(2, device=run.device)
+    for i in range(0, len(starts), micro):
+        windows = np.stack([val[s : s + T + 1] for s in starts[i : i + micro]]).astype(np.int64)
+        total += torch.tensor([run.loss(windows).item() * len(windows), len(windows)], device=run.device)
+    if run.world > 1:
+        dist.all_reduce(total)
+    loss = (total[0] / total[1]).item()
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"validation loss {loss} at step {run.step}: try a lower learning_rate")
+    size = run.data.meta["val"]
+    return loss, loss / math.log(2) * size["tokens"] / size["bytes"]
+
+
+def save(run: Run, name: str) -> None:
+    """Write the checkpoint out_dir/name; "last" with the optimizer's state."""
+    if run.rank:
+        return
+    train = {k: v for k, v in asdict(run.cfg).items() if k not in ("kernels", "threads")}
+    extra = {"step": run.step, "best_val_loss": run.best if run.best < math.inf else None, "train": train}
+    extra |= {"tokenizer": run.data.meta["tokenizer"], "threads": torch.get_num_threads()}
+    optimizer = run.optimizer if name == "last" else None
+    checkpoint.save_training(run.out / name, run.model, optimizer, extra, run.data.tokenizer_file)
+
+
+def write_metrics(run: Run, *lines: dict) -> None:
+    if run.rank == 0:
+        with run.metrics.open("a") as f:
+            f.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def read_steps(run: Run, pending: list[Tensor], n_stop: int) -> tuple[list[float], list[float], bool]:
+    """Losses and gradient norms of the steps that are not logged yet, and whether any process got a signal.
+
+    This waits for the device. Raises FloatingPointError for what is not finite.
+    """
+    seen = torch.cat([torch.stack(pending).flatten(), torch.tensor([float(n_stop)], device=run.device)])
+    if run.world > 1:
+        dist.all_reduce(seen)
+    *seen, stops = seen.tolist()
+    losses, norms = [u / run.world for u in seen[::2]], [u / run.world for u in seen[1::2]]
+    for step, (loss, norm) in enumerate(zip(losses, norms, strict=True), run.step - len(pending) + 1):
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            last = run.out / "last"
+            where = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
+            raise FloatingPointError(
+                f"loss {loss}, gradient norm {norm} at step {step}: {where}; try a lower learning_rate"
+            )
+    return losses, norms, bool(stops)
+
+
+@contextmanager
+def signals() -> Iterator[list[int]]:
+    """A list of the SIGINTs and SIGTERMs that came. A second one acts at once."""
+    received, before = [], {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    for s in before:
+        signal.signal(s, lambda number, frame: (received.append(number), signal.signal(number, before[number])))
+    try:
+        yield received
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+def train(run: Run, received: list[int]) -> bool:
+    """All steps, with logs, evaluations and checkpoints. Returns False if a signal ended them early."""
+    cfg, terminal = run.cfg, sys.stderr.isatty()
+    bar = tqdm(total=cfg.max_steps, initial=run.step, unit="step", disable=not (run.rank == 0 and terminal))
+    pending, since = [], time.perf_counter()  # loss and gradient norm of each step, still on the device
+    for step in range(run.step, cfg.max_steps):
+        pending.append(train_step(run, step))
+        run.step = done = step + 1
         bar.update()
-
-        # Nothing above waits for the device; once in a while, look at what came out
         evaluating = done % cfg.eval_interval == 0 or done == cfg.max_steps
-        if not (evaluating or done % cfg.log_interval == 0 or (stop and world == 1)):
-            continue
-        seen = torch.cat([torch.stack(pending).flatten(), torch.tensor([float(len(stop))], device=device)])
-        if world > 1:
-            dist.all_reduce(seen)
-        *seen, stops = seen.tolist()
-        losses, norms = [u / world for u in seen[::2]], [u / world for u in seen[1::2]]
-        speed = len(pending) * n_local * world * T / (time.perf_counter() - since)
-        for k, (u, v) in enumerate(zip(losses, norms, strict=True), done - len(pending) + 1):
-            if not (math.isfinite(u) and math.isfinite(v)):
-                where = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
-                raise FloatingPointError(f"loss {u}, gradient norm {v} at step {k}: {where}; try a lower learning_rate")
-        if main_process:
-            lines = [
-                {"step": k, "loss": u, "grad_norm": v, "lr": learning_rate(cfg, k - 1), "tokens_per_s": round(speed)}
-                for k, (u, v) in enumerate(zip(losses, norms, strict=True), done - len(pending) + 1)
-            ]
-            with metrics.open("a") as f:
-                f.writelines(json.dumps(line) + "\n" for line in lines)
-            mfu = model.estimate_mfu(speed / world)
+        if not (evaluating or done % cfg.log_interval == 0 or (received and run.world == 1)):
+            continue  # nothing above waits for the device; once in a while, look at what came out
+
+        losses, norms, stopping = read_steps(run, pending, len(received))
+        T, _, n_local = run.batch(step)
+        speed = len(pending) * n_local * run.world * T / (time.perf_counter() - since)
+        first = done - len(pending) + 1
+        write_metrics(run, *(
+            {"step": k, "loss": loss, "grad_norm": norm, "lr": learning_rate(cfg, k - 1), "tokens_per_s": round(speed)}
+            for k, (loss, norm) in enumerate(zip(losses, norms, strict=True), first)
+        ))  # fmt: skip
+        if run.rank == 0:
+            mfu = cost.estimate_mfu(run.model, speed / run.world)
             text = f"loss {losses[-1]:.4f}, {speed:,.0f} tokens/s" + (f", MFU {mfu:.1%}" if mfu else "")
             bar.set_postfix_str(text)
             if not terminal:
                 print(f"step {done}/{cfg.max_steps}: {text}", flush=True)
         pending.clear()
+        names = ["last"] if evaluating or stopping else []
         if evaluating:
-            val_loss, bpb = evaluate(T, micro)
-            if not math.isfinite(val_loss):
-                raise FloatingPointError(f"validation loss {val_loss} at step {done}: try a lower learning_rate")
-            if main_process:
-                with metrics.open("a") as f:
-                    f.write(json.dumps({"step": done, "val_loss": val_loss, "val_bpb": bpb}) + "\n")
+            val_loss, bpb = evaluate(run)
+            write_metrics(run, {"step": done, "val_loss": val_loss, "val_bpb": bpb})
+            if run.rank == 0:
                 tqdm.write(f"step {done}: validation loss {val_loss:.4f}, {bpb:.4f} bits per byte")
-        if evaluating or stops:
-            improved = evaluating and val_loss < best
-            best = val_loss if improved else best
-            for name in ["last"] + ["best"] * improved:
-                save(name, done)
-        if stops and done < cfg.max_steps:
-            bar.close()
-            if main_process:
-                print(f"stopped after step {done}: --resume continues from {last}")
+            if val_loss < run.best:
+                run.best = val_loss
+                names.append("best")
+        for name in names:
+            save(run, name)
+        if stopping and done < cfg.max_steps:
             break
         since = time.perf_counter()
-    else:
-        bar.close()
-        for s, handler in before.items():
-            signal.signal(s, handler)
-        if main_process:
-            plot_loss(metrics, out / "loss.png")
-            if cfg.prompt:
-                sample.stream(model, prepare.load_tokenizer(meta["tokenizer"], folder), cfg.prompt, cfg.sample_tokens)
+    bar.close()
+    return run.step == cfg.max_steps
+
+
+def main(argv: list[str]) -> None:
+    cfg, model_args = parse(argv)
+    device, rank, world = start_process(cfg)
+    run = start(cfg, model_args, open_data(cfg, rank, world), device, rank, world)
+    with signals() as received:
+        finished = train(run, received)
+    if rank == 0 and finished:
+        plot_loss(run.metrics, run.out / "loss.png")
+        if cfg.prompt:
+            tokenizer = load_tokenizer(run.data.meta["tokenizer"], run.data.folder)
+            sample.stream(sample.Engine(run.model), tokenizer, cfg.prompt, cfg.sample_tokens)
+    elif rank == 0:
+        print(f"stopped after step {run.step}: --resume continues from {run.out / 'last'}")
     if world > 1:
         dist.barrier()  # gloo may hang when one process leaves while another still talks
         dist.destroy_process_group()

@@ -1,17 +1,22 @@
 """
-Checkpoints: ours, and those that others release. Hymba.from_pretrained and Hymba.save_pretrained do their work here.
+Checkpoints: ours, and the ones that others release. Hymba.from_pretrained is load, and model.save_pretrained is save.
 
-Each foreign format is one table of names (FORMATS) and a few lines that read its config.json (released_config).
+Each foreign format is one table of names (FORMATS) and a few lines that read its config.json (released_config). Our own
+is config.json with {"model": the fields of HymbaConfig, ...} beside model.safetensors with the names of our parameters.
+A checkpoint of training has the optimizer's state, too (save_training, load_training).
 """
 
 import json
 import re
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from model import Hymba, HymbaConfig
 
 # By config.json's model_type: their tensor -> our parameter. Tensors that share one are its rows, in this order.
 FORMATS = {
@@ -20,18 +25,18 @@ FORMATS = {
         "model.memory_tokens": "meta",
         "model.layers.{i}.input_layernorm.weight": "blocks.{i}.mixer_norm.weight",
         "model.layers.{i}.mamba.in_proj.weight": "blocks.{i}.mixer.in_proj.weight",
-        "model.layers.{i}.mamba.conv1d.weight": "blocks.{i}.mixer.conv_weight",
-        "model.layers.{i}.mamba.conv1d.bias": "blocks.{i}.mixer.conv_bias",
-        "model.layers.{i}.mamba.x_proj.0.weight": "blocks.{i}.mixer.x_proj.weight",
-        "model.layers.{i}.mamba.dt_layernorm.weight": "blocks.{i}.mixer.dt_norm.weight",
-        "model.layers.{i}.mamba.B_layernorm.weight": "blocks.{i}.mixer.B_norm.weight",
-        "model.layers.{i}.mamba.C_layernorm.weight": "blocks.{i}.mixer.C_norm.weight",
-        "model.layers.{i}.mamba.dt_proj.0.weight": "blocks.{i}.mixer.dt_proj.weight",
-        "model.layers.{i}.mamba.dt_proj.0.bias": "blocks.{i}.mixer.dt_bias",
-        "model.layers.{i}.mamba.A_log.0": "blocks.{i}.mixer.A_log",
-        "model.layers.{i}.mamba.D.0": "blocks.{i}.mixer.D",
-        "model.layers.{i}.mamba.pre_avg_layernorm1.weight": "blocks.{i}.mixer.attn_norm.weight",
-        "model.layers.{i}.mamba.pre_avg_layernorm2.weight": "blocks.{i}.mixer.ssm_norm.weight",
+        "model.layers.{i}.mamba.conv1d.weight": "blocks.{i}.mixer.ssm.conv_weight",
+        "model.layers.{i}.mamba.conv1d.bias": "blocks.{i}.mixer.ssm.conv_bias",
+        "model.layers.{i}.mamba.x_proj.0.weight": "blocks.{i}.mixer.ssm.x_proj.weight",
+        "model.layers.{i}.mamba.dt_layernorm.weight": "blocks.{i}.mixer.ssm.dt_norm.weight",
+        "model.layers.{i}.mamba.B_layernorm.weight": "blocks.{i}.mixer.ssm.B_norm.weight",
+        "model.layers.{i}.mamba.C_layernorm.weight": "blocks.{i}.mixer.ssm.C_norm.weight",
+        "model.layers.{i}.mamba.dt_proj.0.weight": "blocks.{i}.mixer.ssm.dt_proj.weight",
+        "model.layers.{i}.mamba.dt_proj.0.bias": "blocks.{i}.mixer.ssm.dt_bias",
+        "model.layers.{i}.mamba.A_log.0": "blocks.{i}.mixer.ssm.A_log",
+        "model.layers.{i}.mamba.D.0": "blocks.{i}.mixer.ssm.D",
+        "model.layers.{i}.mamba.pre_avg_layernorm1.weight": "blocks.{i}.mixer.attn_branch_norm.weight",
+        "model.layers.{i}.mamba.pre_avg_layernorm2.weight": "blocks.{i}.mixer.ssm_branch_norm.weight",
         "model.layers.{i}.mamba.out_proj.weight": "blocks.{i}.mixer.out_proj.weight",
         "model.layers.{i}.pre_moe_layernorm.weight": "blocks.{i}.ffn_norm.weight",
         "model.layers.{i}.moe.experts.0.gate_proj.weight": "blocks.{i}.ffn.gate_proj.weight",
@@ -58,13 +63,13 @@ FORMATS = {
         "backbone.embeddings.weight": "embed.weight",
         "backbone.layers.{i}.norm.weight": "blocks.{i}.mixer_norm.weight",
         "backbone.layers.{i}.mixer.in_proj.weight": "blocks.{i}.mixer.in_proj.weight",
-        "backbone.layers.{i}.mixer.conv1d.weight": "blocks.{i}.mixer.conv_weight",
-        "backbone.layers.{i}.mixer.conv1d.bias": "blocks.{i}.mixer.conv_bias",
-        "backbone.layers.{i}.mixer.x_proj.weight": "blocks.{i}.mixer.x_proj.weight",
-        "backbone.layers.{i}.mixer.dt_proj.weight": "blocks.{i}.mixer.dt_proj.weight",
-        "backbone.layers.{i}.mixer.dt_proj.bias": "blocks.{i}.mixer.dt_bias",
-        "backbone.layers.{i}.mixer.A_log": "blocks.{i}.mixer.A_log",
-        "backbone.layers.{i}.mixer.D": "blocks.{i}.mixer.D",
+        "backbone.layers.{i}.mixer.conv1d.weight": "blocks.{i}.mixer.ssm.conv_weight",
+        "backbone.layers.{i}.mixer.conv1d.bias": "blocks.{i}.mixer.ssm.conv_bias",
+        "backbone.layers.{i}.mixer.x_proj.weight": "blocks.{i}.mixer.ssm.x_proj.weight",
+        "backbone.layers.{i}.mixer.dt_proj.weight": "blocks.{i}.mixer.ssm.dt_proj.weight",
+        "backbone.layers.{i}.mixer.dt_proj.bias": "blocks.{i}.mixer.ssm.dt_bias",
+        "backbone.layers.{i}.mixer.A_log": "blocks.{i}.mixer.ssm.A_log",
+        "backbone.layers.{i}.mixer.D": "blocks.{i}.mixer.ssm.D",
         "backbone.layers.{i}.mixer.out_proj.weight": "blocks.{i}.mixer.out_proj.weight",
         "backbone.norm_f.weight": "norm.weight",
         "lm_head.weight": "lm_head",
@@ -73,6 +78,32 @@ FORMATS = {
 
 # Stay float32 in a bfloat16 model: what the convolution and the scan multiply and add channel by channel
 FLOAT32 = ("conv_weight", "conv_bias", "dt_bias", "A_log", ".D")
+
+# What our own checkpoints called otherwise before: parts of names of parameters, and a field of the configuration
+RENAMED = {
+    r"mixer\.((conv_weight|conv_bias|x_proj|dt_proj|dt_norm|B_norm|C_norm|dt_bias|A_log|D)\b)": r"mixer.ssm.\1",
+    r"mixer\.(attn|ssm)_norm\b": r"mixer.\1_branch_norm",
+}
+RETIRED = {"kernels"}  # --kernels is a flag of the program now
+
+
+def current_name(name: str) -> str:
+    """Our name today of a tensor in a checkpoint of ours, of any age."""
+    for old, new in RENAMED.items():
+        name = re.sub(old, new, name)
+    return name
+
+
+def cast(model: Hymba, dtype: torch.dtype) -> Hymba:
+    """The model itself with weights in dtype, for inference, but for those named in FLOAT32."""
+    for name, p in model.named_parameters():
+        if not name.endswith(FLOAT32):
+            p.data = p.data.to(dtype)
+    return model
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Configurations
 
 
 def released_config(c: dict) -> dict:
@@ -110,14 +141,24 @@ def released_config(c: dict) -> dict:
             raise ValueError(f"config.json: rope_type={rope_type!r} is not supported, only 'default' and 'llama3'")
         return dict(pattern="T" * n, n_meta=0, rope_base=base, **common)
 
-    only(c, rope_type="ntk", mlp_hidden_act="silu")
+    only(c, rope=True, memory_tokens_interspersed_every=0, mlp_hidden_act="silu")
+    ntk = c.get("rope_type") not in (None, "default")
+    if ntk:
+        only(c, rope_type="ntk")
+        if c["max_position_embeddings"] < c["orig_max_position_embeddings"]:  # the base would shrink
+            raise ValueError(
+                f"config.json: rope_type='ntk' with max_position_embeddings={c['max_position_embeddings']} is not "
+                f"supported, only orig_max_position_embeddings={c['orig_max_position_embeddings']} or more"
+            )
+    if not isinstance(c["sliding_window"], int):
+        raise ValueError(f"config.json: sliding_window={c['sliding_window']!r} is not supported, only a number")
     common |= dict(d_state=c["mamba_d_state"], d_conv=c["mamba_d_conv"], expand=c["mamba_expand"])
     common |= dict(dt_rank=0 if c["mamba_dt_rank"] == "auto" else c["mamba_dt_rank"], n_meta=c["num_memory_tokens"])
     return dict(
         pattern="".join("H" if i in c["global_attn_idx"] else "h" for i in range(n)),
         window=c["sliding_window"] + 1,  # theirs sees keys up to that far away, ours counts the query itself
         rope_base=c["rope_theta"],
-        rope_orig=c["orig_max_position_embeddings"] if c.get("rope_type") else 0,
+        rope_orig=c["orig_max_position_embeddings"] if ntk else 0,
         kv_share=bool(c["kv_reuse_group"]),
         **common,
     )
@@ -156,7 +197,7 @@ def read_config(folder: Path) -> tuple[str | None, dict, dict]:
     try:
         config = json.loads(file.read_text())
         if "model" in config:
-            return None, config, {**config["model"]}
+            return None, config, {k: v for k, v in config["model"].items() if k not in RETIRED}
         if (kind := config.get("model_type")) not in FORMATS:
             raise ValueError(f"config.json: model_type={kind!r} is not supported, only {', '.join(FORMATS)}")
         return kind, config, released_config(config)
@@ -164,7 +205,11 @@ def read_config(folder: Path) -> tuple[str | None, dict, dict]:
         raise ValueError(f"{file} describes no model: {type(e).__name__}: {e}") from None
 
 
-def layout(model, kind: str | None) -> dict[str, dict[str, tuple[int, ...]]]:
+# ----------------------------------------------------------------------------------------------------------------------
+# Weights
+
+
+def layout(model: Hymba, kind: str | None) -> dict[str, dict[str, tuple[int, ...]]]:
     """Where a format (None: our own) keeps each parameter: our name -> {their name: shape}, in order of rows."""
     names, places = {}, {}
     for theirs, ours in FORMATS[kind].items() if kind else ():
@@ -172,16 +217,23 @@ def layout(model, kind: str | None) -> dict[str, dict[str, tuple[int, ...]]]:
             names.setdefault(ours.format(i=i), []).append(theirs.format(i=i))
     for ours, p in model.named_parameters():
         theirs = names.get(ours, [ours])
-        rows = model.get_submodule(ours.removesuffix(".in_proj.weight")).sizes if len(theirs) > 1 else p.shape[:1]
+        rows = p.shape[:1]
+        if len(theirs) > 1:  # q, k, v
+            rows = model.get_submodule(ours.removesuffix(".in_proj.weight")).attn.sizes
         places[ours] = {name: (n, *p.shape[1:]) for name, n in zip(theirs, rows, strict=True)}
         if theirs[0].endswith("conv1d.weight"):
             places[ours] = {theirs[0]: (len(p), 1, p.shape[1])}  # one input channel a group, as PyTorch has it
     return places
 
 
-def save(model, folder: Path, extra: dict) -> None:
-    """See Hymba.save_pretrained."""
-    kind, config, dtypes = model.source or (None, {"model": asdict(model.config)}, {})
+def save(model: Hymba, folder: str | Path, **extra) -> None:
+    """Write model.safetensors and config.json into folder, each whole or not at all.
+
+    A model that load read from another project's format goes back into that format, the same to the bit as long as
+    nothing has changed it; any other has our names and {"model": the configuration, **extra}.
+    """
+    folder = Path(folder)
+    kind, config, dtypes = getattr(model, "source", None) or (None, {"model": asdict(model.config)}, {})
     params, tensors = model.state_dict(), {}
     for ours, theirs in layout(model, kind).items():
         parts = params[ours].split([shape[0] for shape in theirs.values()])
@@ -201,17 +253,44 @@ def save(model, folder: Path, extra: dict) -> None:
             file.unlink(missing_ok=True)
 
 
-def load(
-    model, name: str | Path, kind: str | None, config: dict, dtype: torch.dtype | None, device: str | torch.device
-) -> None:
-    """Fill a model on the meta device from the checkpoint called name. See Hymba.from_pretrained."""
+def load(name: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Hymba:
+    """Load a checkpoint: a folder with config.json and safetensors (one file, or shards and their index), or a model on
+    huggingface.co, such as "nvidia/Hymba-1.5B-Base".
+
+    Reads what save (and so train.py) writes, released Hymba weights, and transformers' Llama and Mamba. Parameters get
+    dtype, or keep the file's if it is None; those in FLOAT32 are float32 at least. On a CPU they stay where the file is
+    mapped into memory as long as neither dtype nor rows change: no second copy.
+
+    Raises FileNotFoundError for a missing file, ConnectionError for a failed download, ValueError for a config.json
+    that model.py cannot compute and for tensors that do not fit it, naming each missing, unexpected or misshapen.
+    """
+    folder = pretrained_folder(name, weights=False)
+    kind, config, arguments = read_config(folder)
+    try:
+        with torch.device("meta"):
+            model = Hymba(HymbaConfig(**arguments))
+    except TypeError as e:
+        raise ValueError(f"{folder / 'config.json'} describes no model: {e}") from None
     if kind == "hymba":
-        owner = model.config.kv_owner
-        groups = [group for i in range(len(owner)) if len(group := [j for j, o in enumerate(owner) if o == i]) > 1]
-        if groups != sorted(config["kv_reuse_group"] or []):
-            given = config["kv_reuse_group"]
-            raise ValueError(f"config.json: kv_reuse_group={given} is not supported, only {groups}")
+        check_groups(model.config, config["kv_reuse_group"])
     folder = pretrained_folder(name)
+    tensors = read_tensors(folder)
+    if kind is None:
+        tensors = {current_name(name): t for name, t in tensors.items()}
+    fill(model, tensors, folder, kind, config, dtype, device)
+    return model.requires_grad_()
+
+
+def check_groups(config: HymbaConfig, given: list[list[int]] | None) -> None:
+    """Raise ValueError if blocks share keys and values in other groups than ours."""
+    owner = config.kv_owner
+    groups = [group for i in range(len(owner)) if len(group := [j for j, o in enumerate(owner) if o == i]) > 1]
+    if groups != sorted(given or []):
+        raise ValueError(f"config.json: kv_reuse_group={given} is not supported, only {groups}")
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, by their names in its files."""
     tensors, files = {}, [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
     if not files[0].is_file() and index.is_file():
@@ -229,7 +308,14 @@ def load(
         if twice := sorted(tensors.keys() & new.keys()):
             raise ValueError(f"{file} is corrupt: another file of {folder} has {', '.join(twice)}, too")
         tensors |= new
+    return tensors
 
+
+def fill(
+    model: Hymba, tensors: dict[str, torch.Tensor], folder: Path, kind: str | None, config: dict,
+    dtype: torch.dtype | None, device: str | torch.device,
+) -> None:  # fmt: skip
+    """Put the tensors of a checkpoint of format kind into a model on the meta device."""
     places, dtypes = layout(model, kind), {}
     shapes = {name: shape for theirs in places.values() for name, shape in theirs.items()}
     if kind and model.config.tied and "lm_head.weight" in tensors:
@@ -258,3 +344,62 @@ def load(
         state[ours] = new.to(device, wanted)
     model.load_state_dict(state, assign=True)
     model.source = (kind, config, dtypes) if kind else None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints of training
+
+
+def save_training(folder: Path, model: Hymba, optimizer, extra: dict, tokenizer_file: Path) -> None:
+    """Write a checkpoint beside folder and rename it into place: wherever this stops, a whole one is left."""
+    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        save(model, new, **extra)
+        if optimizer is not None:
+            names = {p: name for name, p in model.named_parameters()}
+            state = {f"{names[p]}.{k}": v for p, s in optimizer.state.items() for k, v in s.items()}
+            save_file(state, new / "optimizer.safetensors")
+        if tokenizer_file.is_file():
+            shutil.copy(tokenizer_file, new)
+    except SafetensorError as e:  # a full disk, say
+        shutil.rmtree(new, ignore_errors=True)
+        raise OSError(f"cannot write {folder}: {e}") from None
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_training(folder: Path, model: Hymba, optimizer, tokenizer: str, tokenizer_file: Path) -> dict:
+    """Load weights and optimizer state in place; returns config.json.
+
+    ValueError for a checkpoint of another architecture or tokenizer.
+    """
+    old = folder.with_name(folder.name + ".old")
+    if not folder.exists() and old.exists():  # the machine stopped between save_training's two renames
+        old.rename(folder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"nothing to resume: {folder} holds no checkpoint; leave --resume out to start one")
+    extra = json.loads((folder / "config.json").read_text())
+    mine, theirs = asdict(model.config), asdict(HymbaConfig(**read_config(folder)[2]))
+    differ = [k for k in mine if mine[k] != theirs[k] and k != "block_size"]
+    if differ:
+        changes = ", ".join(f"{k}={theirs[k]!r} there and {mine[k]!r} here" for k in differ)
+        raise ValueError(f"{folder} is a checkpoint of another architecture: {changes}")
+    ranks = [f.read_bytes() if f.is_file() else b"" for f in (tokenizer_file, folder / tokenizer_file.name)]
+    if extra["tokenizer"] != tokenizer or ranks[0] != ranks[1]:
+        raise ValueError(f"{folder} was trained with another tokenizer ({extra['tokenizer']}) than this data set's")
+    model.load_state_dict(load(folder).state_dict())
+    try:
+        state = {current_name(name): t for name, t in load_file(folder / "optimizer.safetensors").items()}
+    except (SafetensorError, FileNotFoundError) as e:
+        raise ValueError(f"{folder / 'optimizer.safetensors'} is corrupt: {e}") from None
+    for name, p in model.named_parameters():  # copies: the file is mapped, and about to be replaced
+        s = {k: state[f"{name}.{k}"] for k in ("step", "exp_avg", "exp_avg_sq")}
+        optimizer.state[p] = {k: v.to(p.device if k != "step" or p.is_cuda else "cpu", copy=True) for k, v in s.items()}
+    return extra

@@ -1,0 +1,231 @@
+"""Training: to the bit across kills, across processes, and every error before time is spent."""
+
+import json
+import math
+import shutil
+import signal
+import types
+
+import numpy as np
+import pytest
+import torch
+from runs import ROOT, TINY, losses, run_train, train_here, wait_for
+
+import ops
+import prepare
+import train
+from conftest import small
+from model import Hymba, HymbaConfig
+
+
+def test_kill_and_resume_to_the_bit(corpus, tmp_path, capsys):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train_here(corpus, f"--out_dir={whole}", "--prompt=alpha", "--sample_tokens=5")
+    assert "alpha" in capsys.readouterr().out.splitlines()[-1]
+    assert sorted(losses(whole)) == list(range(1, 25))
+    # SIGKILL just after a checkpoint: what is on disk is whole, and the run continues from it
+    process = run_train(corpus, f"--out_dir={cut}", wait=False)
+    wait_for(lambda: (cut / "last/config.json").exists(), process)
+    process.kill()
+    process.communicate()
+    # SIGTERM in the middle: saves, says so, exits with 0
+    process = run_train(corpus, f"--out_dir={cut}", "--resume", "--max_steps=24", wait=False)
+    wait_for(lambda: len(losses(cut)) >= 12, process)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "--resume continues from" in out, err
+    stopped = json.loads((cut / "last/config.json").read_text())["step"]
+    if stopped < 24:
+        train_here(corpus, f"--out_dir={cut}", "--resume")
+    assert losses(cut) == losses(whole) and losses(cut, "val_loss") == losses(whole, "val_loss")
+    meta = json.loads((corpus / "data/words/meta.json").read_text())["val"]
+    for step, loss in losses(whole, "val_loss").items():
+        bits = loss * meta["tokens"] / (meta["bytes"] * math.log(2))
+        assert abs(losses(whole, "val_bpb")[step] - bits) < 1e-9
+    best = min(losses(cut, "val_loss").items(), key=lambda item: item[1])
+    saved = json.loads((cut / "best/config.json").read_text())
+    assert (saved["step"], saved["best_val_loss"]) == best
+    a, b = (Hymba.from_pretrained(folder / "last").state_dict() for folder in (whole, cut))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_resume_errors_and_other_flags(corpus, tmp_path, capsys):
+    train_here(corpus, *(run := [f"--out_dir={tmp_path}", "--max_steps=16"]))
+    saved = json.loads((tmp_path / "best/config.json").read_text())
+    with pytest.raises(ValueError, match="raise --max_steps"):
+        train_here(corpus, *run, "--resume")
+    with pytest.raises(ValueError, match="--resume continues it"):
+        train_here(corpus, *run)
+    shutil.copytree(corpus / "data", tmp_path / "data")
+    meta_file = tmp_path / "data/words/meta.json"
+    meta_file.write_text(meta_file.read_text().replace('"bytes",', '"cl100k_base",', 1))
+    with pytest.raises(ValueError, match=r"was trained with another tokenizer \(bytes\)"):
+        train_here(corpus, *run, "--resume", "--max_steps=30", f"--data_dir={tmp_path / 'data'}")
+    with (tmp_path / "metrics.jsonl").open("a") as f:
+        f.write('{"step": 13, "lo')  # as a crash leaves it
+    config = json.loads((tmp_path / "last/config.json").read_text()) | {
+        "best_val_loss": 1e-3
+    }  # not to be reached again
+    (tmp_path / "last/config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    train_here(corpus, *run, "--resume", "--max_steps=17", "--grad_clip=0.1")
+    assert json.loads((tmp_path / "best/config.json").read_text()) == saved  # so the best one stays
+    assert "other values of grad_clip than" in capsys.readouterr().out
+    assert sorted(losses(tmp_path)) == list(range(1, 18))
+    weights = (tmp_path / "last/model.safetensors").read_bytes()
+    (tmp_path / "last/model.safetensors").write_bytes(weights[:1000])
+    with pytest.raises(ValueError, match="model.safetensors is corrupt") as e:
+        train_here(corpus, *run, "--resume", "--max_steps=30")
+    assert "\n" not in str(e.value)
+    with pytest.raises(ValueError, match="another architecture: n_hidden=32 there and 48 here"):
+        train_here(corpus, *run, "--resume", "--max_steps=30", "--n_hidden=48")
+
+
+def test_resume_from_an_older_version(tmp_path):
+    """From the weights and moments that commit be2855b left, the losses are those that it logged when it went on."""
+    theirs, squares = ROOT / "tests/be2855b", tmp_path / "squares.txt"
+    squares.write_text("".join(f"{i} squared is {i * i}\n" for i in range(300)))
+    prepare.prepare([str(squares)], name="squares", data_dir=tmp_path / "data")
+    shutil.copytree(theirs / "last", tmp_path / "last")
+    flags = "--device=cpu --dataset=squares --vocab_size=257 --pattern=HhhM --n_embd=8 --n_head=2 --n_kv_head=1"
+    flags += " --n_hidden=8 --d_state=2 --n_meta=3 --window=6 --block_size=12 --batch_size=2 --warmup_steps=2"
+    flags += " --decay_steps=4 --eval_interval=8 --eval_windows=4 --log_interval=4 --prompt= --max_steps=12 --resume"
+    train.main([*flags.split(), f"--data_dir={tmp_path / 'data'}", f"--out_dir={tmp_path}"])
+    for key, steps in (("loss", [9, 10, 11, 12]), ("grad_norm", [9, 10, 11, 12]), ("val_loss", [12])):
+        new, recorded = losses(tmp_path, key), losses(theirs, key)
+        assert list(new) == steps and all(abs(new[k] / recorded[k] - 1) < 1e-5 for k in steps)
+
+
+def test_two_processes_equal_one_with_twice_the_batch(corpus, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    train_here(corpus, f"--out_dir={one}", "--batch_size=4", "--max_steps=8", "--grad_accum=2")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    flags = ("--batch_size=2", "--max_steps=8", "--grad_accum=2")
+    code, _, err = run_train(corpus, f"--out_dir={two}", *flags, launcher=launcher)
+    assert code == 0, err
+    a, b = losses(one), losses(two)
+    assert a.keys() == b.keys() and all(abs(a[k] - b[k]) < 1e-4 for k in a)
+
+
+def test_annealing_and_length_curriculum(corpus, tmp_path):
+    flags = ["--anneal_dataset=other", "--anneal_mix=1.0", "--length_stages=24:16,48:8", "--rope_orig=24"]
+    train_here(corpus, f"--out_dir={tmp_path}", *flags, "--compile=False")
+    assert Hymba.from_pretrained(tmp_path / "last").config.block_size == 48
+    train_here(corpus, f"--out_dir={tmp_path / 'plain'}", *flags[2:])
+    with_anneal, plain = losses(tmp_path), losses(tmp_path / "plain")
+    assert all((with_anneal[k] == plain[k]) == (k <= 18) for k in range(1, 25))  # the last six steps decay
+    shutil.copytree(corpus / "data", tmp_path / "data")
+    (tmp_path / "data/other/tokenizer.tiktoken").write_text("IQ== 0")
+    with pytest.raises(ValueError, match="words and other have different tokenizers"):
+        train_here(corpus, f"--out_dir={tmp_path / 'x'}", f"--data_dir={tmp_path / 'data'}", *flags[:2])
+    cfg, _ = train.parse(["--length_stages=24:16,48:8", "--max_steps=24", "--batch_size=2"])
+    assert train.parse_stages(cfg, 24) == [(0, 24), (16, 48)]
+    wrong = {"24:16,48:9": "is 25 steps, but max_steps=24", "24:16,36:8": "do not divide", "x": "write"}
+    for stages, message in wrong.items():
+        cfg.length_stages = stages
+        with pytest.raises(ValueError, match=message):
+            train.parse_stages(cfg, 24)
+    a, b = np.arange(1000), np.arange(1000, 3000)
+    windows = train.draw_windows([a, b], 0.25, (0, 3), 400, 8)
+    assert windows.shape == (400, 9) and (np.diff(windows) == 1).all()
+    assert 0.15 < (windows[:, 0] >= 1000).mean() < 0.35
+    assert (windows == train.draw_windows([a, b], 0.25, (0, 3), 400, 8)).all()
+    assert (train.draw_windows([a, b], 0.25, (0, 4), 400, 8) != windows).any()
+
+
+def test_schedules():
+    cfg = train.TrainConfig(max_steps=100, warmup_steps=10, decay_steps=20, learning_rate=1.0, min_lr=0.1)
+    rates = [train.learning_rate(cfg, i) for i in range(101)]
+    assert rates[0] == 0.1 and rates[9:81] == [1.0] * 72 and abs(rates[90] - 0.55) < 1e-9 and rates[100] == 0.1
+    cfg.schedule = "cosine"
+    rates = [train.learning_rate(cfg, i) for i in range(101)]
+    assert rates[10] == 1.0 and abs(rates[55] - 0.55) < 1e-9 and abs(rates[100] - 0.1) < 1e-9
+    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+
+
+def test_weight_decay_on_matrices_alone():
+    model = small("hMT")
+    optimizer = train.optimizer_for(model, train.TrainConfig())
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    names = {name.split(".")[-2] for name, p in model.named_parameters() if id(p) in decayed}
+    assert names == {"in_proj", "x_proj", "dt_proj", "out_proj", "gate_proj", "up_proj", "down_proj"}
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(model.parameters()))
+
+
+def test_nan_stops_and_keeps_the_last_good_checkpoint(corpus, tmp_path):
+    flags = (f"--out_dir={tmp_path}", "--learning_rate=1e30", "--min_lr=0", "--warmup_steps=14", "--grad_clip=0")
+    code, _, err = run_train(corpus, *flags)
+    assert code == 1 and " at step " in err and "try a lower learning_rate" in err
+    assert len(err.splitlines()) == 1
+    if (tmp_path / "last").exists():
+        assert all(p.isfinite().all() for p in Hymba.from_pretrained(tmp_path / "last").parameters())
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--btach_size=3"], "unknown flag 'btach_size': did you mean batch_size?"),
+        (["--batch_size=three"], "batch_size='three': must be int"),
+        (["--learning_rate=fast"], "learning_rate='fast': must be float"),
+        (["--resume=maybe"], "resume='maybe': must be bool"),
+        (["config/nothing.py"], "no config file config/nothing.py"),
+        (["--pattern=HxH"], "unknown letter 'x'"),
+        (["--n_head=4", "--n_kv_head=3"], "n_head=4 is not a multiple of n_kv_head=3"),
+        (["--schedule=linear"], "schedule='linear': use wsd or cosine"),
+        (["--batch_size=0"], "batch_size=0: must be 1 or more"),
+        (["--min_lr=1"], "min_lr=1.0 must lie between 0 and learning_rate"),
+        (["--dataset=nothing"], "python prepare.py"),
+        (["--vocab_size=100"], "vocab_size=100 is too small for data set words"),
+        (["--block_size=100000"], "too few for sequences of 100000"),
+        (["--resume"], "nothing to resume"),
+        (["--device=cuda:99"], "device=cuda:99: there is none here"),
+        (["--batch=3"], "unknown flag 'batch'"),
+        (["--grad_clip=-1"], "grad_clip=-1.0: must be 0 or more"),
+        (["--seed=-1"], "seed=-1: must be 0 or more"),
+    ],
+)
+def test_training_errors(corpus, tmp_path, flags, message, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises((ValueError, FileNotFoundError)) as e:
+        train.main([*TINY, f"--data_dir={corpus / 'data'}", f"--out_dir={tmp_path / 'out'}", *flags])
+    assert message in str(e.value) and "\n" not in str(e.value)
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_training_errors_of_data_and_disk(corpus, tmp_path, monkeypatch):
+    shutil.copytree(corpus / "data", tmp_path / "data")
+    flags = [*TINY, f"--data_dir={tmp_path / 'data'}", f"--out_dir={tmp_path / 'out'}"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
+    with pytest.raises(ValueError, match="0 MB free, but checkpoints need"):
+        train.main(flags)
+    file = tmp_path / "data/words/train.bin"
+    data = bytearray(file.read_bytes())
+    data[10] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match="train.bin"):
+        train.main(flags)
+    file.write_bytes(data[:-7])
+    with pytest.raises(ValueError, match="train.bin"):
+        train.main(flags)
+
+
+def test_config_file_and_command_line(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text('"""doc"""\nn_layer = 4\nlearning_rate = 1\nbatch_size = 3\n')
+    cfg, args = train.parse([str(file), "--batch_size=5", "--pattern=HhhhHhhhH", "--resume"])
+    assert (cfg.learning_rate, cfg.batch_size, cfg.out_dir, cfg.resume) == (1.0, 5, "out/mine", True)
+    assert HymbaConfig(**args).pattern == "HhhhHhhhH"  # a pattern on the command line replaces the file's n_layer
+    assert HymbaConfig(**train.parse([str(file)])[1]).pattern == "HHhH"
+    file.write_text("n_layers = 4\n")
+    with pytest.raises(ValueError, match="unknown flag 'n_layers': did you mean n_layer?"):
+        train.parse([str(file)])
+    file.write_text("n_layer = 4.5\n")
+    with pytest.raises(ValueError, match="n_layer=4.5: must be int"):
+        train.parse([str(file)])
+
+
+def test_kernels_are_a_flag(kernels_on):
+    train.start_process(train.TrainConfig(device="cpu"))
+    assert ops.KERNELS == ops.ALL_KERNELS
+    train.start_process(train.TrainConfig(device="cpu", kernels=False))
+    assert not ops.KERNELS
