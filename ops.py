@@ -258,7 +258,7 @@ def untouched(*modules: nn.Module) -> bool:
     for module in (u for v in modules for u in v.modules()):
         weight = getattr(module, "weight", None)
         plain = weight is None or (type(weight) is nn.Parameter and weight.is_contiguous())
-        hooked = module._forward_hooks or module._forward_pre_hooks
+        hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
         ours = type(module) in (nn.Linear, nn.Identity) or type(module).__module__ == "model"
         if not ours or not plain or hooked or getattr(module, "bias", None) is not None:
             return False

@@ -1,6 +1,8 @@
 """
 The architecture, as a specification: pytest test_model.py. Each test compares with something independent of the code:
 a float64 loop, a dense mask, a count by hand, or the papers' figures.
+
+The definition of an operation is its __wrapped__; what runs in its place is tested in tests/test_ops.py.
 """
 
 import math
@@ -12,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import cost
 import model as model_module
@@ -20,42 +24,39 @@ from conftest import (
     LETTERS,
     MIXED,
     SMALL,
+    compare_with_grads,
+    cross_entropy_inputs,
     dense_attention,
     error,
+    plain_cross_entropy,
+    scan_inputs,
     scan_loop,
     small,
     tokens,
 )
 from engine import Engine
-from model import (
-    Hymba,
-    HymbaConfig,
-    causal_conv,
-)
+from model import Hymba, HymbaConfig
 
 ROOT = Path(__file__).parent
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Sizes
+
 
 def test_check_figures():
-    """Parameters and cache bytes of the family at 8,192 tokens, worked out by hand from the paper's table of sizes."""
-    family = {"hymba_125m": (129_944_064, 57_753_600), "hymba_350m": (353_701_888, 66_551_808)}
-    family |= {"hymba_1.5b": (1_522_797_824, 86_056_960)}
-    for name, (params, cache) in family.items():
+    """Parameters and groups of the family, worked out by hand from the paper's table of sizes."""
+    family = {"hymba_125m": 129_944_064, "hymba_350m": 353_701_888, "hymba_1.5b": 1_522_797_824}
+    for name, params in family.items():
         _, args = train.parse([str(ROOT / f"config/{name}.py")])
         with torch.device("meta"):
             model = Hymba(HymbaConfig(**args, vocab_size=32001))
-        assert (model.num_params(), cost.cache_bytes(model.config, 8192)) == (params, cache)
+        assert model.num_params() == params
     assert model.config.pattern == "H" + "h" * 14 + "H" + "h" * 15 + "H"
     groups = (
         [1, 1, 3, 3, 5, 5, 7, 7, 9, 9, 11, 11, 13, 13],
         [16, 16, 16, 19, 19, 21, 21, 23, 23, 25, 25, 27, 27, 29, 29],
     )
     assert model.config.kv_owner == [0, *groups[0], 15, *groups[1], 31]
-    llama = HymbaConfig(
-        vocab_size=128256, pattern="T" * 28, n_embd=3072, n_head=24, n_kv_head=8, n_hidden=8192, n_meta=0
-    )
-    with torch.device("meta"):
-        assert cost.cache_bytes(llama, 8192) == 939_524_096  # Llama-3.2-3B
 
 
 def test_baseline_configs_match_in_parameters():
@@ -68,10 +69,110 @@ def test_baseline_configs_match_in_parameters():
     assert all(train.parse([str(f)]) for f in (ROOT / "config").glob("*.py"))
 
 
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ({"pattern": "HxH"}, "pattern 'HxH': unknown letter 'x'; use T, t, M, H or h"),
+        ({"pattern": "HhH", "n_layer": 4}, "has 3 letters but n_layer=4"),
+        ({"n_head": 8, "n_kv_head": 3}, "n_head=8 is not a multiple of n_kv_head=3"),
+        ({"n_embd": 100, "n_head": 8}, "n_embd=100 is not a multiple of 2 * n_head=16"),
+        ({"fusion": "sum"}, "use mean, diff, concat"),
+        ({"window": 0}, "window=0: must be 1 or more"),
+        ({"n_meta": -1}, "n_meta=-1: must be 0 or more"),
+        ({"rope_factor": 8.0}, "rope_factor needs rope_orig, and rope_low less than rope_high"),
+    ],
+)
+def test_config_errors(args, message):
+    with pytest.raises(ValueError, match=message.replace("*", r"\*")):
+        HymbaConfig(**args)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The operations, as model.py defines them
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 12), st.integers(1, 9), st.integers(1, 9)),
+    given=st.fixed_dictionaries({k: st.booleans() for k in ("D", "z", "dt_bias", "state")}),
+    seed=st.integers(0, 1000),
+)
+def test_scan_is_the_recurrence(shape, given, seed):
+    scan = model_module.selective_scan.__wrapped__
+    forward, backward = compare_with_grads(scan, scan_loop, scan_inputs(*shape, seed, given))
+    assert forward < 1e-5 and backward < 1e-4
+
+
+def test_scan_works_in_float32_and_gives_what_it_got():
+    inputs = {k: v.bfloat16() if k != "state" else v.float() for k, v in scan_inputs(2, 20, 6, 4, seed=0).items()}
+    y, h = model_module.selective_scan.__wrapped__(**inputs)
+    expected, last = scan_loop(**{k: v.double() for k, v in inputs.items()})
+    assert y.dtype == torch.bfloat16 and h.dtype == torch.float32
+    assert error(y, expected) < 1e-2 and error(h, last) < 1e-5
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    T=st.integers(1, 20),
+    cached=st.integers(0, 10),
+    window=st.one_of(st.none(), st.integers(1, 25)),
+    n_meta=st.integers(0, 6),
+    heads=st.sampled_from([(1, 1), (4, 2), (3, 1), (4, 4)]),
+    seed=st.integers(0, 1000),
+)
+def test_attention_is_the_mask(T, cached, window, n_meta, heads, seed):
+    g, (H, G), rule = torch.Generator().manual_seed(seed), heads, dict(window=window, n_meta=n_meta)
+    r = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    inputs = {"q": r(2, T, H, 8), "k": r(2, T + cached, G, 8), "v": r(2, T + cached, G, 12)}
+    attention = lambda **u: model_module.windowed_attention.__wrapped__(**u, **rule)  # noqa: E731
+    forward, backward = compare_with_grads(attention, lambda **u: dense_attention(**u, **rule), inputs)
+    assert forward < 1e-5 and backward < 1e-4
+
+
+def test_conv_against_conv1d():
+    torch.manual_seed(0)
+    conv = model_module.causal_conv.__wrapped__
+    x, weight, bias = torch.randn(2, 9, 5), torch.randn(5, 4), torch.randn(5)
+    y, tail = conv(x, weight, bias)
+    expected = F.silu(F.conv1d(F.pad(x.mT, (3, 0)), weight[:, None], bias, groups=5)).mT
+    assert error(y, expected) < 1e-6 and torch.equal(tail, x[:, -3:])
+    y1, tail = conv(x[:, :1], weight, bias)
+    assert error(torch.cat([y1, conv(x[:, 1:], weight, bias, tail)[0]], 1), expected) < 1e-6
+
+
+@pytest.mark.parametrize("n, V", [(1, 1), (50, 37)])
+def test_linear_cross_entropy_is_a_linear_layer_and_cross_entropy(n, V):
+    loss = model_module.linear_cross_entropy.__wrapped__
+    inputs, targets = cross_entropy_inputs(n, V, seed=n)
+    theirs = lambda **u: plain_cross_entropy(**u, targets=targets)[0]  # noqa: E731
+    assert max(compare_with_grads(lambda **u: loss(**u, targets=targets), theirs, inputs)) < 1e-5
+    losses = loss(**inputs, targets=torch.where(targets < 0, -100, targets), reduction="none")  # any negative one
+    assert error(losses, plain_cross_entropy(**inputs, targets=targets)[1]) < 1e-5
+    assert loss(**inputs, targets=torch.full((n,), -1)).isnan()  # as in F.cross_entropy
+
+
+@pytest.mark.parametrize("pattern", MIXED)
+def test_the_model_that_runs_is_the_one_that_is_read(pattern, monkeypatch):
+    """Logits, loss and gradients with ops.py and without."""
+    model, idx, targets, outputs = small(pattern), tokens(2, 40), tokens(2, 40, seed=2), []
+    for module in (model_module.ops, None):
+        monkeypatch.setattr(model_module, "ops", module)
+        loss = model(idx, targets)
+        outputs.append([model(idx), loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    assert max(error(a, b) for a, b in zip(*outputs, strict=True)) < 1e-4
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model
+
+
 @pytest.mark.parametrize("fusion", ["mean", "diff", "concat"])
 @pytest.mark.parametrize("letter", ["H", "h"])
-def test_hybrid_heads_against_a_plain_forward(letter, fusion):
+@pytest.mark.parametrize("runs", ["definitions", "ops"])
+def test_hybrid_heads_against_a_plain_forward(runs, letter, fusion, monkeypatch):
     """A block's mixer in float64, from the released format's words: row order, norms, RoPE, mask, gate, fusion."""
+    if runs == "definitions":
+        monkeypatch.setattr(model_module, "ops", None)
     model = small(letter, fusion=fusion).double()
     m, M, x = model.blocks[0].mixer, 5, torch.randn(2, 30, 32, dtype=torch.float64)
     with torch.no_grad():
@@ -156,14 +257,15 @@ def test_rope_stretch():
                  torch.tensor([math.cos(3 * 10000 ** (-2 / 64))])) < 1e-5  # fmt: skip
 
 
-def test_conv_against_conv1d():
-    torch.manual_seed(0)
-    x, weight, bias = torch.randn(2, 9, 5), torch.randn(5, 4), torch.randn(5)
-    y, tail = causal_conv(x, weight, bias)
-    expected = F.silu(F.conv1d(F.pad(x.mT, (3, 0)), weight[:, None], bias, groups=5)).mT
-    assert error(y, expected) < 1e-6 and torch.equal(tail, x[:, -3:])
-    y1, tail = causal_conv(x[:, :1], weight, bias)
-    assert error(torch.cat([y1, causal_conv(x[:, 1:], weight, bias, tail)[0]], 1), expected) < 1e-6
+def test_compile_computes_sines_once():
+    """torch.compile takes the model whole, and sees one table of sines that it cannot repeat in every block."""
+    model, graphs = small("tTt"), []
+    compiled = torch.compile(model, fullgraph=True, backend=lambda graph, _: (graphs.append(graph), graph)[1])
+    idx = tokens(2, 30)
+    a, b = (torch.autograd.grad(m(idx, idx), list(model.parameters())) for m in (model, compiled))
+    assert max(error(x, y) for x, y in zip(a, b, strict=True)) < 1e-6
+    calls = [str(node.target) for node in graphs[0].graph.nodes]
+    assert sum("rope_table" in c for c in calls) == 1 and not any(c in ("sin", "cos") for c in calls)
 
 
 def test_loss():
@@ -203,9 +305,9 @@ def test_untied_output_layer():
     assert torch.equal(logits, hidden @ model.lm_head.T)
     assert abs(loss - F.cross_entropy(logits[0], idx[0])) < 1e-5
     assert next(Engine(model).generate([idx[0].tolist()], 1, temperature=0)) == [logits[0, -1].argmax().item()]
-    assert model.num_params() == tied.num_params() + 61 * 32 and cost.flops_per_token(model) == cost.flops_per_token(
-        tied
-    )
+    assert next(model.generate(idx[0].tolist(), 1, temperature=0)) == logits[0, -1].argmax().item()
+    assert model.num_params() == tied.num_params() + 61 * 32
+    assert cost.flops_per_token(model) == cost.flops_per_token(tied)
     groups = train.optimizer_for(model, train.TrainConfig()).param_groups
     assert any(p is model.lm_head for p in groups[1]["params"])
 
@@ -236,6 +338,34 @@ def test_initialisation():
     assert abs(model(tokens(2, 64, vocab=512), tokens(2, 64, vocab=512, seed=3)).item() - math.log(512)) < 0.3
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Generation, the slow way
+
+
+@pytest.mark.parametrize("pattern", MIXED + ["TTT", "MMM"])
+def test_generate_is_greedy_at_temperature_0(pattern):
+    model, prompt = small(pattern), tokens(9).tolist()
+    drawn = list(model.generate(prompt, 12, temperature=0))
+    with torch.no_grad():
+        best = model(torch.tensor([prompt + drawn]))[0, len(prompt) - 1 : -1].argmax(-1)
+    assert drawn == best.tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
+def test_generate_follows_the_softmax(temperature):
+    """Frequencies of 3,000 tokens, drawn from a model that sees nothing but the last one, against its logits."""
+    model, n, V = small("t", vocab_size=13, n_meta=0, window=1, n_embd=8, n_head=1, n_kv_head=1, n_hidden=8), 3000, 13
+    with torch.no_grad():
+        p = (model(torch.tensor([[1]]))[0, -1].double() / temperature).softmax(-1)
+    torch.manual_seed(0)
+    drawn = [next(model.generate([1], 1, temperature)) for _ in range(n)]
+    chi2 = ((torch.bincount(torch.tensor(drawn), minlength=V) - n * p).square() / (n * p).clamp(min=1)).sum()
+    assert chi2 < V + 4 * math.sqrt(2 * V) and p.max() < 0.9
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The file
+
 ALONE = """
 from model import *
 torch.manual_seed(0)
@@ -252,25 +382,7 @@ print(ops, losses[0] > 3 > 0.5 > losses[-1], list(model.generate([0, 1, 2, 3, 4,
 """
 
 
-def test_model_py_alone_in_an_empty_folder_trains_and_generates(tmp_path):
+def test_runs_alone(tmp_path):
     shutil.copy(ROOT / "model.py", tmp_path)
     run = subprocess.run([sys.executable, "-c", ALONE], cwd=tmp_path, capture_output=True, text=True)
     assert run.stdout == "None True [2, 3, 4, 0, 1]\n", run.stderr
-
-
-@pytest.mark.parametrize(
-    "args, message",
-    [
-        ({"pattern": "HxH"}, "pattern 'HxH': unknown letter 'x'; use T, t, M, H or h"),
-        ({"pattern": "HhH", "n_layer": 4}, "has 3 letters but n_layer=4"),
-        ({"n_head": 8, "n_kv_head": 3}, "n_head=8 is not a multiple of n_kv_head=3"),
-        ({"n_embd": 100, "n_head": 8}, "n_embd=100 is not a multiple of 2 * n_head=16"),
-        ({"fusion": "sum"}, "use mean, diff, concat"),
-        ({"window": 0}, "window=0: must be 1 or more"),
-        ({"n_meta": -1}, "n_meta=-1: must be 0 or more"),
-        ({"rope_factor": 8.0}, "rope_factor needs rope_orig, and rope_low less than rope_high"),
-    ],
-)
-def test_config_errors(args, message):
-    with pytest.raises(ValueError, match=message.replace("*", r"\*")):
-        HymbaConfig(**args)

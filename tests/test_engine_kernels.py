@@ -5,18 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import model as model_module
-from conftest import (
-    BOUNDS,
-    TRITON,
-    dense_attention,
-    error,
-    on_device,
-    scan_loop,
-)
-from model import (
-    HymbaConfig,
-    causal_conv,
-)
+from conftest import BOUNDS, TRITON, dense_attention, error, on_device, scan_loop
+from model import HymbaConfig, causal_conv
 
 if TRITON:
     import engine_kernels

@@ -29,16 +29,12 @@ from conftest import (
     tokens,
 )
 from engine import Engine
-from model import (
-    Hymba,
-    HymbaConfig,
-    causal_conv,
-    linear_cross_entropy,
-    selective_scan,
-)
+from model import Hymba, HymbaConfig, causal_conv, linear_cross_entropy, selective_scan
 
 if TRITON:
     import kernels
+
+needs_triton = pytest.mark.skipif(not TRITON, reason="pip install triton==3.6.0")
 
 
 def check(f, ref, inputs, dtype, device):
@@ -65,7 +61,7 @@ def test_scan_kernel(case, dtype, device, poisoned, monkeypatch):
     check(kernels.selective_scan, scan_loop, inputs, dtype, device)
 
 
-@pytest.mark.skipif(not TRITON, reason="pip install triton==3.6.0")
+@needs_triton
 @pytest.mark.parametrize("room", [8, 14, 16])
 def test_scan_segments(room):
     """They cover T, in whole chunks, and none of them is short; a chip that is full needs none."""
@@ -172,7 +168,7 @@ def test_kernels_between_products(case, dtype, device, poisoned):
     assert fused.shape == a.shape and error(fused, 0.5 * normed[0] - 2 * normed[1]) < BOUNDS[dtype][0]
 
 
-@pytest.mark.skipif(not TRITON, reason="pip install triton==3.6.0")
+@needs_triton
 @pytest.mark.parametrize(
     "capability, hip, expected", [((9, 0), None, True), ((8, 9), None, False), ((9, 4), "6.4", False)]
 )
@@ -214,17 +210,32 @@ def test_model_with_kernels_equals_model_without(pattern, device, poisoned):
 
 
 @on_device
-def test_sizes_without_a_kernel_use_the_reference(device, monkeypatch):
-    """Each operation by itself: convolutions of 7 taps, heads of 8 and 16 channels, and states of 130 are plain."""
-    ran = []
-    for name, (kernel, takes) in ops.ALL_KERNELS.items():
-        count = lambda *a, f=kernel, name=name, **k: (ran.append(name), f(*a, **k))[1]  # noqa: E731
-        monkeypatch.setitem(ops.KERNELS, name, (count, takes))
-    model, idx = small("hM", d_conv=7, d_state=130).to(device), tokens(1, 9).to(device)
-    loss = model(idx, idx)
-    assert set(ran) == {"cross_entropy"}
-    ops.use_kernels(False)
-    assert error(loss, model(idx, idx)) < 1e-6
+@pytest.mark.parametrize(
+    "sizes, expected",
+    [(dict(d_conv=7), {"selective_scan", "cross_entropy"}), (dict(d_state=130), {"causal_conv", "cross_entropy"}),
+     (dict(n_head=2, n_kv_head=1), {"selective_scan", "windowed_attention", "causal_conv", "cross_entropy"})],
+)  # fmt: skip
+def test_sizes_without_a_kernel_use_the_reference(sizes, expected, device, monkeypatch):
+    """Each operation by itself: 7 taps, states of 130, and heads of 8 channels have none; the other kernels run."""
+    model, idx, ran, outputs = small("hM", **sizes).to(device), tokens(1, 9).to(device), set(), []
+    fastest = ops.fastest
+
+    def noted(definition, *args, **options):
+        f = fastest(definition, *args, **options)
+        kernel = ops.KERNELS.get(definition.__name__, [None])[0]
+        ran.update({definition.__name__} if f is kernel else ())
+        assert f is kernel or f is ops.PLAIN.get(definition.__name__, definition)
+        return f
+
+    monkeypatch.setattr(ops, "fastest", noted)
+    for on in (True, False):
+        ops.use_kernels(on)
+        loss = model(idx, idx)
+        outputs.append([model(idx), loss, *torch.autograd.grad(loss, list(model.parameters()))])
+        assert ran == (expected if on else set())
+        ran.clear()
+    assert max(error(a, b) for a, b in zip(*(u[:2] for u in outputs), strict=True)) < 1e-5
+    assert max(error(a, b) for a, b in zip(*outputs, strict=True)) < 1e-3
 
 
 @on_device

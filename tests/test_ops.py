@@ -2,11 +2,15 @@
 
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import model as model_module
+import ops
 from conftest import (
+    INTERPRETER,
     compare_with_grads,
     cross_entropy_inputs,
     dense_attention,
@@ -15,13 +19,10 @@ from conftest import (
     scan_inputs,
     scan_loop,
     small,
-    tokens,
 )
-from model import (
-    linear_cross_entropy,
-    selective_scan,
-    windowed_attention,
-)
+from ops import linear_cross_entropy, selective_scan, windowed_attention
+
+needs_kernels = pytest.mark.skipif(not INTERPRETER, reason="pip install triton==3.6.0")
 
 
 @settings(max_examples=40, deadline=None)
@@ -111,12 +112,195 @@ def test_linear_cross_entropy(n, V):
         assert linear_cross_entropy(**inputs, targets=torch.full((n,), -1)).isnan()  # as in F.cross_entropy
 
 
-def test_compile_computes_sines_once():
-    """torch.compile takes the model whole, and sees one table of sines that it cannot repeat in every block."""
-    model, graphs = small("tTt"), []
-    compiled = torch.compile(model, fullgraph=True, backend=lambda graph, _: (graphs.append(graph), graph)[1])
-    idx = tokens(2, 30)
-    a, b = (torch.autograd.grad(m(idx, idx), list(model.parameters())) for m in (model, compiled))
-    assert max(error(x, y) for x, y in zip(a, b, strict=True)) < 1e-6
-    calls = [str(node.target) for node in graphs[0].graph.nodes]
-    assert sum("rope_table" in c for c in calls) == 1 and not any(c in ("sin", "cos") for c in calls)
+def test_losses_of_each_token_are_the_definition_s():
+    """Without gradient, in the shape of the targets, for any negative target."""
+    inputs, targets = cross_entropy_inputs(12, 37, seed=0)
+    x, targets = inputs["x"].view(3, 4, 16), torch.where(targets < 0, -100, targets).view(3, 4)
+    losses = linear_cross_entropy(x.requires_grad_(), inputs["weight"], targets, reduction="none")
+    expected = model_module.linear_cross_entropy.__wrapped__(x, inputs["weight"], targets, reduction="none")
+    assert losses.shape == (3, 4) and not losses.requires_grad and (losses[targets < 0] == 0).all()
+    assert error(losses, expected) < 1e-6
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(4, 70)),
+    eps=st.sampled_from([1e-6, 1e-5, 0.1]),
+    seed=st.integers(0, 1000),
+)
+def test_rms_norm(shape, eps, seed):
+    g = torch.Generator().manual_seed(seed)
+    r = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    inputs, definition = {"x": 3 * r(*shape) + 1, "weight": r(shape[-1])}, model_module.rms_norm.__wrapped__
+    mine, theirs = (lambda **u: ops.rms_norm(**u, eps=eps)), (lambda **u: definition(**u, eps=eps))
+    assert max(compare_with_grads(mine, theirs, inputs)) < 1e-4
+    bf16, f32, f64 = torch.bfloat16, torch.float32, torch.float64
+    for dtype, weight_dtype, bound in [(bf16, f32, 5e-3), (bf16, bf16, 1e-2), (f64, f64, 1e-9)]:
+        x, weight = inputs["x"].to(dtype), inputs["weight"].to(weight_dtype)
+        y = ops.rms_norm(x, weight, eps)
+        assert y.dtype == dtype and error(y, definition(x.double(), weight.double(), eps)) < bound
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=st.integers(1, 3), T=st.integers(1, 9), half=st.integers(1, 40), far=st.sampled_from([10, 10**4, 10**6]))
+def test_rope_table(rows, T, half, far):
+    """The numbers of the definition to the bit, and what torch.compile is told of them."""
+    pos = torch.randint(0, far, (rows, T), generator=torch.Generator().manual_seed(half))
+    freq = 10000.0 ** (-torch.arange(half) / half)
+    mine, theirs = ops.rope_table(pos, freq), model_module.rope_table.__wrapped__(pos, freq)
+    assert all(a.shape == (rows, T, 1, half) and torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    torch.library.opcheck(torch.ops.hymba.rope_table.default, (pos, freq), test_utils="test_faketensor")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What runs
+
+
+def test_a_kernel_runs_where_it_takes_the_inputs(monkeypatch):
+    """And else the fast plain version, else the definition; tables are read at each call."""
+    gate, up = torch.randn(3, 4), torch.randn(3, 4)
+    definition = model_module.swiglu.__wrapped__
+    assert ops.fastest(definition, gate, up) is definition
+    kernel = lambda gate, up: gate - up  # noqa: E731
+    monkeypatch.setitem(ops.KERNELS, "swiglu", (kernel, lambda gate, up: gate.shape[-1] % 2 == 0))
+    assert ops.fastest(definition, gate, up) is kernel and torch.equal(model_module.swiglu(gate, up), gate - up)
+    assert ops.fastest(definition, gate[:, :3], up[:, :3]) is definition
+    assert torch.equal(model_module.swiglu(gate[:, :3], up[:, :3]), F.silu(gate[:, :3]) * up[:, :3])
+    x, weight = torch.randn(2, 5), torch.ones(5)
+    assert ops.fastest(model_module.rms_norm, x, weight, eps=1e-6) is ops.rms_norm
+    monkeypatch.setitem(ops.PLAIN, "rms_norm", lambda x, weight, eps: x + 1)
+    assert torch.equal(model_module.rms_norm(x, weight, 1e-6), x + 1)
+    monkeypatch.setattr(model_module, "ops", None)
+    assert error(model_module.rms_norm(x, weight, 1e-6), F.rms_norm(x, (5,))) < 1e-6
+
+
+def test_kernels_can_be_turned_off_and_on():
+    table = ops.KERNELS
+    ops.use_kernels(True)
+    assert table is ops.KERNELS and table == ops.ALL_KERNELS and table is not ops.ALL_KERNELS
+    ops.use_kernels(False)
+    assert table is ops.KERNELS and table == {}
+    ops.use_kernels(True)
+    assert table == ops.ALL_KERNELS and bool(table) == (ops.kernels is not None)
+
+
+def test_every_operation_has_a_definition():
+    """Names in the tables are names in model.py, but for cross_entropy, which is linear_cross_entropy's own."""
+    names = {*ops.PLAIN, *ops.ALL_KERNELS} - {"cross_entropy"}
+    assert all(hasattr(getattr(model_module, name), "__wrapped__") for name in names)
+    assert ops.PLAIN["cross_entropy"] is ops.cross_entropy
+
+
+def operations() -> dict:
+    """Inputs that each kernel takes, by the name of its operation, in a tuple with some that it does not."""
+    r, f64 = torch.randn, torch.float64
+
+    def scan(N, dtype=torch.float32):
+        return tuple(r(*shape, dtype=dtype) for shape in ((1, 3, 8), (1, 3, 8), (8, N), (1, 3, N), (1, 3, N)))
+
+    def attention(T, S, E, F_, window, dtype=torch.float32):
+        return r(1, T, 2, E, dtype=dtype), r(1, S, 1, E, dtype=dtype), r(1, S, 1, F_, dtype=dtype), window, 0
+
+    conv = lambda K, dtype=torch.float32: (r(1, 3, 8, dtype=dtype), r(8, K, dtype=dtype), r(8, dtype=dtype))  # noqa: E731
+    y, norm, hooked = r(1, 3, 8), model_module.RMSNorm(8, 1e-6), model_module.RMSNorm(8, 1e-6)
+    hooked.register_forward_hook(lambda module, args, out: 2 * out)
+    fused = lambda a, b, fusion: (y, y, a, b, fusion)  # noqa: E731
+    return {
+        "selective_scan": ([scan(4), scan(128)], [scan(129), scan(4, f64)]),
+        "windowed_attention": (
+            [attention(5, 5, 16, 32, None), attention(5, 5, 128, 128, 4), attention(5, 9, 16, 16, None)],
+            [attention(5, 5, 8, 16, 4), attention(5, 5, 16, 24, 4), attention(5, 5, 144, 32, 4),
+             attention(5, 5, 16, 16, None), attention(5, 5, 16, 32, 4, f64)],
+        ),
+        "causal_conv": ([conv(2), conv(4)], [conv(1), conv(5), conv(7), conv(4, f64)]),
+        "cross_entropy": ([(r(3, 9),)], [(r(3, 9, dtype=f64),)]),
+        "apply_rope": ([(r(1, 3, 2, 8), None)], [(r(1, 3, 2, 8, dtype=f64), None)]),
+        "swiglu": ([(y, y)], [(y.double(), y.double())]),
+        "fuse": (
+            [fused(norm, norm, "mean"), fused(norm, norm, "diff")],
+            [fused(norm, norm, "concat"), fused(norm, hooked, "mean"), fused(nn.Identity(), norm, "mean"),
+             fused(norm, nn.LayerNorm(8), "mean"), (y.double(), y.double(), norm, norm, "mean")],
+        ),
+    }  # fmt: skip
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", operations())
+def test_each_kernel_takes_the_sizes_it_was_written_for(name, kernels_on):
+    kernel, (taken, refused) = ops.ALL_KERNELS[name][0], operations()[name]
+    definition = ops.cross_entropy if name == "cross_entropy" else getattr(model_module, name).__wrapped__
+    plain = ops.PLAIN.get(name, definition)
+    with torch.no_grad():
+        assert all(ops.fastest(definition, *inputs) is kernel for inputs in taken)
+        assert all(ops.fastest(definition, *inputs) is plain for inputs in refused)
+    backward = name in ("selective_scan", "windowed_attention", "causal_conv", "cross_entropy")
+    for inputs in taken:  # kernels without a backward pass are for inference alone
+        assert (ops.fastest(definition, *inputs) is kernel) == backward
+
+
+def touch(block: nn.Module, how: str) -> None:
+    """Do to a part of the block what model.py does not say."""
+    layer = block.mixer.out_proj
+
+    class Mine(nn.Linear):
+        pass
+
+    class Quantised(nn.Parameter):
+        pass
+
+    if how == "replaced":
+        block.mixer.out_proj = nn.Sequential(layer, nn.Identity())
+    elif how == "subclassed":
+        layer.__class__ = Mine
+    elif how == "hook":
+        layer.register_forward_hook(lambda module, args, out: out)
+    elif how == "hook before":
+        block.mixer.ssm.dt_norm.register_forward_pre_hook(lambda module, args: args)
+    elif how == "biased":
+        layer.bias = nn.Parameter(torch.zeros(32))
+    elif how == "quantised":
+        layer.weight = Quantised(layer.weight.detach())
+    elif how == "packed":  # the weight is no parameter any more
+        weight = layer.weight.detach()
+        del layer.weight
+        layer.register_buffer("weight", weight)
+    elif how == "strided":
+        layer.weight = nn.Parameter(layer.weight.detach().t().contiguous().t())
+    elif how == "parametrised":
+        nn.utils.parametrize.register_parametrization(layer, "weight", nn.Identity())
+    elif how == "another norm":
+        block.ffn_norm = nn.LayerNorm(32)
+
+
+TOUCHED = ["replaced", "subclassed", "hook", "hook before", "biased", "quantised", "packed", "strided", "parametrised"]
+
+
+@pytest.mark.parametrize("how", TOUCHED + ["another norm"])
+def test_untouched(how):
+    a, b = small("hH").blocks
+    assert ops.untouched(a, b) and ops.untouched(nn.Identity()) and ops.untouched()
+    touch(a, how)
+    assert not ops.untouched(a) and not ops.untouched(b, a) and ops.untouched(b)
+
+
+@needs_kernels
+def test_blocks_that_step_by_kernels():
+    """Heads of 16 and 32 channels do, and 8 do not; nor states of 129, 5 taps, blocks that were touched, gradients."""
+    block = lambda letter="h", **sizes: small(letter, **(dict(n_head=2, n_kv_head=1) | sizes)).blocks[0]  # noqa: E731
+    steps, x = ops.steps_by_kernels, torch.zeros(1, 1, 32)
+    hooked = block()
+    touch(hooked, "hook")
+    with torch.no_grad():
+        assert not steps(block(), x)  # the tests begin without kernels
+        ops.use_kernels(True)
+        assert steps(block(), x) and steps(block("M"), x) and steps(block("T"), x)
+        assert not steps(block(n_head=4, n_kv_head=2), x) and steps(block("M", n_head=4, n_kv_head=2), x)
+        assert not steps(block(d_state=129), x) and not steps(block(d_conv=5), x) and not steps(hooked, x)
+        assert not steps(block(), x.double())
+    assert not steps(block(), x)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_compute_dtype(enabled):
+    with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        assert ops.compute_dtype(torch.zeros(1)) == (torch.bfloat16 if enabled else torch.float32)

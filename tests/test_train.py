@@ -63,9 +63,8 @@ def test_resume_errors_and_other_flags(corpus, tmp_path, capsys):
         train_here(corpus, *run, "--resume", "--max_steps=30", f"--data_dir={tmp_path / 'data'}")
     with (tmp_path / "metrics.jsonl").open("a") as f:
         f.write('{"step": 13, "lo')  # as a crash leaves it
-    config = json.loads((tmp_path / "last/config.json").read_text()) | {
-        "best_val_loss": 1e-3
-    }  # not to be reached again
+    config = json.loads((tmp_path / "last/config.json").read_text())
+    config["best_val_loss"] = 1e-3  # never to be reached again
     (tmp_path / "last/config.json").write_text(json.dumps(config))
     capsys.readouterr()
     train_here(corpus, *run, "--resume", "--max_steps=17", "--grad_clip=0.1")
