@@ -268,6 +268,8 @@ def touch(block: nn.Module, how: str) -> None:
         layer.weight = nn.Parameter(layer.weight.detach().t().contiguous().t())
     elif how == "parametrised":
         nn.utils.parametrize.register_parametrization(layer, "weight", nn.Identity())
+    elif how == "forward":  # of one object alone
+        layer.forward = lambda x: x
     elif how == "another norm":
         block.ffn_norm = nn.LayerNorm(32)
 
@@ -275,7 +277,7 @@ def touch(block: nn.Module, how: str) -> None:
 TOUCHED = ["replaced", "subclassed", "hook", "hook before", "biased", "quantised", "packed", "strided", "parametrised"]
 
 
-@pytest.mark.parametrize("how", TOUCHED + ["another norm"])
+@pytest.mark.parametrize("how", TOUCHED + ["another norm", "forward"])
 def test_untouched(how):
     a, b = small("hH").blocks
     assert ops.untouched(a, b) and ops.untouched(nn.Identity()) and ops.untouched()
