@@ -5,7 +5,10 @@ A model is a string with one letter for each block. The letter names the block's
 
     T  full causal attention (Llama)          H  hybrid heads: full attention and SSM heads side by side
     t  sliding-window attention               h  hybrid heads: sliding-window attention and SSM heads
-    M  SSM heads (Mamba)                      (sliding windows always see the meta tokens, too)
+    M  SSM heads (Mamba)
+
+Small letters are windowed, and a window always sees the meta tokens, too. T and M blocks are just Llama's and Mamba's
+with n_meta = 0, and for Mamba n_hidden = 0.
 
 Read from top to bottom: the configuration, the operations, the parts of a block, the block, the model. Everything here
 is plain PyTorch, written as the papers have it. An operation marked @accelerated runs as something faster where there
@@ -19,6 +22,9 @@ Letters used for sizes throughout:
     T tokens in call   D inner width (expand * C)  G key/value heads      F value head size
     S keys seen        N SSM state size            M meta tokens          W window
     V vocabulary       K conv kernel               R dt rank
+
+In shapes, a letter is always one of these sizes. In the scan, A, B, C and D are Mamba's tensors, too, and in a pattern,
+T, H and M are kinds of blocks.
 
 Parameters are float32 and matrix products run in the dtype that autocast says. A_log, D, the dt bias, softplus, exp,
 the SSM state and the statistics of every norm stay in float32.
@@ -43,7 +49,7 @@ except ImportError:
 
 
 def accelerated(definition):
-    """Mark an operation that may run as something faster: ops.fastest chooses, and its result replaces the definition.
+    """Mark an operation: at every call, ops.fastest picks the function to run, this definition or a faster equal.
 
     So the loop over tokens in selective_scan, for one, is there to be read. It runs only where ops.py is missing.
     """
@@ -73,7 +79,7 @@ class HymbaConfig:
     d_state: int = 16
     d_conv: int = 4
     expand: int = 2
-    dt_rank: int = 0  # 0: ceil(n_embd / 16)
+    dt_rank: int = 0  # dt is made through a bottleneck this wide; 0: ceil(n_embd / 16)
     n_meta: int = 128
     window: int = 1024  # tokens a windowed query sees, itself included, meta tokens not counted
     pattern: str = ""  # empty: Hymba's, full attention in the first, middle and last block
@@ -81,10 +87,10 @@ class HymbaConfig:
     fusion: str = "mean"  # how hybrid heads meet: mean (Hymba), diff (attention - SSM) or concat
     ssm_norm: bool = False  # RMSNorm on dt, B, C in M blocks, too; hybrid blocks always have it
     rope_base: float = 10000.0
-    rope_orig: int = 0  # first training length; once block_size exceeds it, RoPE's base is stretched (NTK). 0: never
-    rope_factor: float = 0.0  # Llama 3's way instead of NTK (0): RoPE's slow waves are slowed down by this factor:
-    rope_low: float = 1.0  # waves of fewer periods than this in rope_orig tokens in full,
-    rope_high: float = 4.0  # waves of more than this not at all, and in between a blend
+    rope_orig: int = 0  # length the model was first trained on; a larger block_size stretches RoPE by NTK. 0: never
+    rope_factor: float = 0.0  # 0: NTK; else Llama 3's stretch at any block_size: slow waves are slowed by this factor
+    rope_low: float = 1.0  # slow: fewer periods than this in rope_orig tokens, slowed in full
+    rope_high: float = 4.0  # fast: more periods than this, left alone; in between, a blend
     norm_eps: float = 1e-6
     tied: bool = True  # the embedding is the output layer, too
 
@@ -139,9 +145,10 @@ class HymbaConfig:
         for letter, run in groupby(self.pattern):
             start, n = len(owner), len(list(run))
             for j in range(n):
+                first = j  # of its group: 0 0 2 2 for n = 4, 0 0 0 3 3 for n = 5
                 if self.kv_share and letter in "th":
-                    j = 0 if j < 2 + n % 2 else j - (j - n % 2) % 2
-                owner.append(None if letter == "M" else start + j)
+                    first = 0 if j < 2 + n % 2 else j - (j - n % 2) % 2
+                owner.append(None if letter == "M" else start + first)
         return owner
 
 
@@ -165,19 +172,22 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def selective_scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D=None, z=None, dt_bias=None, state=None
 ) -> tuple[Tensor, Tensor]:
-    """Mamba's selective scan (https://arxiv.org/abs/2312.00752, Algorithm 2, with the simplified discretisation of B).
+    """Mamba's selective scan (https://arxiv.org/abs/2312.00752, Algorithm 2, with dt B for (exp(dt A) - 1) / A B).
+
+    Each token says how far it moves the state (dt), where it is written (B) and how it is read (C): "selective".
 
         dt = softplus(dt + dt_bias);  h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t;  y_t = (C_t . h_t + D x_t) * silu(z_t)
 
-    x, dt, z (B, T, D); A (D, N) negative; B, C (B, T, N); D, dt_bias (D,); state (B, D, N), zeros if None.
-    Returns y (B, T, D) in x's dtype and the last state (B, D, N) in float32, in which all of it is computed.
+    x, dt, z (B, T, D); A (D, N) negative; B, C (B, T, N); D (D,), the skip weight of each channel; dt_bias (D,);
+    state (B, D, N), zeros if None. All is computed in float32. Returns y (B, T, D) in x's dtype and the last state.
     """
     u, dt, A, B, C = (float32(t) for t in (x, dt, A, B, C))
     dt = F.softplus(dt if dt_bias is None else dt + dt_bias)
     h = u.new_zeros(len(u), *A.shape) if state is None else state.to(u.dtype)
     ys = []
     for t in range(x.shape[1]):
-        h = torch.exp(dt[:, t, :, None] * A) * h + (dt[:, t] * u[:, t])[..., None] * B[:, t, None]  # (B, D, N)
+        decay = torch.exp(dt[:, t, :, None] * A)  # (B, D, N)
+        h = decay * h + (dt[:, t] * u[:, t])[..., None] * B[:, t, None]  # (B, D, N)
         ys.append((h * C[:, t, None]).sum(-1))  # (B, D)
     y = torch.stack(ys, dim=1)  # (B, T, D)
     y = y if D is None else y + D * u
@@ -190,6 +200,7 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, n_me
 
     q (B, T, H, E), k (B, S, G, E), v (B, S, G, F) -> (B, T, H, F), H a multiple of G. Query i stands at position
     S - T + i and sees key j where j <= position and (position - j < window or j < n_meta). window None: all keys.
+    Query head h reads key/value head h // (H / G): softmax(q k^T / sqrt(E)) v over the keys that it sees.
     """
     T, S = q.shape[1], k.shape[1]
     position, j = torch.arange(S - T, S, device=q.device)[:, None], torch.arange(S, device=q.device)
@@ -206,9 +217,9 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None = N
     Returns y (B, T, D) and the tail that the next tokens need.
     """
     T, K = x.shape[1], weight.shape[1]
-    x = F.pad(x, (0, 0, K - 1, 0)) if tail is None else torch.cat([tail, x], dim=1)  # (B, K - 1 + T, D)
-    y = sum(x[:, k : k + T] * weight[:, k] for k in range(K)) + bias
-    return F.silu(y).to(x.dtype), x[:, T:]
+    padded = F.pad(x, (0, 0, K - 1, 0)) if tail is None else torch.cat([tail, x], dim=1)  # (B, K - 1 + T, D)
+    y = sum(padded[:, k : k + T] * weight[:, k] for k in range(K)) + bias
+    return F.silu(y).to(padded.dtype), padded[:, T:]
 
 
 @accelerated
@@ -222,7 +233,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, reduction: 
     """Cross-entropy in nats of the logits x weight^T. Targets are negative where there is nothing to predict.
 
     x (..., C), weight (V, C), targets (...) -> () float32, the mean over the targets (NaN if there is none), or with
-    reduction "none", which has no gradient, the loss of each token (...), 0 where it has no target.
+    reduction "none", detached, the loss of each token (...), 0 where it has no target.
     """
     logits, targets = float32(F.linear(x, weight)), targets.clamp(min=-1)
     losses = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=-1, reduction=reduction)
@@ -239,9 +250,9 @@ def rope_table(pos: Tensor, freq: Tensor) -> tuple[Tensor, Tensor]:
 def rope_angles(config: HymbaConfig, pos: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin for positions pos (b, T), meta tokens counted: two (b, T, 1, E / 2) float32 tensors.
 
-    Longer sequences than rope_orig stretch the base by NTK: base (2 block_size / rope_orig - 1)^(E / (E - 2)), so
-    that the slowest wave turns no further over the new length than it did over the old. With rope_factor,
-    the slow waves alone are slowed down, as in the release of Llama 3.1 (rope_type "llama3" in its config.json).
+    A block_size beyond rope_orig stretches the base by NTK, for calls of any length: base (2 block_size / rope_orig -
+    1)^(E / (E - 2)), so that the slowest wave turns no further over the new length than it did over the old. With
+    rope_factor, the slow waves alone are slowed, as in Llama 3.1 (rope_type "llama3" in its config.json).
     """
     c, E, base = config, config.head_size, config.rope_base
     if 0 < c.rope_orig < c.block_size and not c.rope_factor:
@@ -280,8 +291,9 @@ class RMSNorm(nn.Module):
 class AttentionHeads(nn.Module):
     """Attention heads without their projections: queries, keys and values side by side -> (B, T, H F).
 
-    A block that shares keys and values with an earlier one has queries alone, and reads the kv of that block. The cache
-    of a block is asked to attend: it remembers the new keys and values, and knows what came before them.
+    kv is handed from block to block: an owner replaces it, and any other block passes it on. A block that shares keys
+    and values has queries alone, and reads what it was handed. cache.attend stores the kv of an owner, attends to all
+    that is stored, and returns the output and the kv to hand on.
     """
 
     def __init__(self, config: HymbaConfig, layer: int):
@@ -309,6 +321,8 @@ class AttentionHeads(nn.Module):
 class MambaHeads(nn.Module):
     """SSM heads (Mamba, Fig. 3 and Algorithm 2) without their outer projections: x and gate z -> (B, T, D).
 
+    Every channel is a head of its own, with a state of N numbers and A = -exp(A_log).
+
     With norm, dt, B and C are RMS-normalised. The cache of a block is asked for the convolution's last inputs and the
     state, and to keep the new ones.
     """
@@ -324,7 +338,7 @@ class MambaHeads(nn.Module):
         self.dt_proj = nn.Linear(R, D, bias=False)
         self.dt_bias = nn.Parameter(torch.empty(D))
         self.A_log = nn.Parameter(torch.empty(D, N))
-        self.D = nn.Parameter(torch.ones(D))
+        self.D = nn.Parameter(torch.ones(D))  # the skip weight of each channel
 
     def forward(self, xz, cache):
         x, z = xz.split(self.sizes, dim=-1)
@@ -332,7 +346,7 @@ class MambaHeads(nn.Module):
         x, tail = causal_conv(x, self.conv_weight, self.conv_bias, tail)
         dt, B, C = self.x_proj(x).split(self.dtBC_sizes, dim=-1)  # (B, T, R), (B, T, N), (B, T, N)
         dt = self.dt_proj(self.dt_norm(dt))  # (B, T, D)
-        A = -torch.exp(self.A_log.float())
+        A = -torch.exp(float32(self.A_log))
         y, state = selective_scan(x, dt, A, self.B_norm(B), self.C_norm(C), self.D, z, self.dt_bias, state)
         if cache is not None:
             cache.keep(tail, state)
@@ -356,9 +370,9 @@ class HybridHeads(nn.Module):
     """The token mixer of every kind of block: attention heads, SSM heads, or both in parallel on the same input.
 
     Hymba, Sec. 2.1: one projection feeds all heads, both kinds give D channels, each branch is RMS-normalised with
-    its own scale (their magnitudes differ a lot), the two are averaged and go through one output projection. So
-    value heads are twice (expand times) as wide as query heads here, while a block of attention alone is Llama's
-    and a block of SSM heads alone is Mamba's.
+    its own scale (their magnitudes differ a lot), the two are averaged and go through one output projection. For
+    attention to give D channels, value heads are expand times as wide as query heads here, while a block of attention
+    alone is Llama's and a block of SSM heads alone is Mamba's.
     """
 
     def __init__(self, config: HymbaConfig, layer: int):
@@ -371,7 +385,7 @@ class HybridHeads(nn.Module):
             self.fusion = config.fusion
             self.attn_branch_norm, self.ssm_branch_norm = RMSNorm(D, eps), RMSNorm(D, eps)
         width = 2 * D if len(heads) == 2 and config.fusion == "concat" else heads[0].width
-        self.sizes = [sum(h.sizes) if h else 0 for h in (self.attn, self.ssm)]  # of in_proj's output
+        self.sizes = [sum(h.sizes) if h else 0 for h in (self.attn, self.ssm)]  # of in_proj's output: q, k, v and x, z
         self.in_proj = nn.Linear(C, sum(self.sizes), bias=False)
         self.out_proj = nn.Linear(width, C, bias=False)
 
@@ -440,7 +454,7 @@ class Hymba(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """All initialisation there is.
+        """All random weights. Norm scales and D start at 1 and conv_bias at 0, where they are made.
 
         - Matrices and embeddings: normal, std 0.02; the projections back into the residual stream are divided by
           sqrt(2 n_layer), so that its variance does not grow with depth (GPT-2).
@@ -449,7 +463,8 @@ class Hymba(nn.Module):
           equal gradients in an attention branch and stay nearly equal).
         - SSM (Mamba, Sec. 3.6): A = -(1 ... N) in every channel; the dt bias so that steps softplus(bias) spread
           log-uniformly over [1e-3, 1e-1], which gives channels memories of about 10 to 1000 tokens; dt_proj uniform
-          within R^-1/2, so that dt varies around its bias on the scale of its normalised input.
+          within R^-1/2, so that dt varies around its bias on the scale of its input.
+        - Convolutions: uniform within K^-1/2, as PyTorch has it.
         """
         c = self.config
         for name, p in self.named_parameters():
@@ -475,7 +490,7 @@ class Hymba(nn.Module):
     def hidden(self, idx: Tensor) -> Tensor:
         """Final normed states (B, T, C) of tokens idx (B, T).
 
-        Under autocast the residual stream is in its dtype, too: half the bytes for every norm and addition.
+        The residual stream is in autocast's dtype, too: half the bytes for every norm and addition.
         """
         x = self.embed(idx)  # (B, T, C)
         if self.meta is not None:  # Hymba, Sec. 2.3: the meta tokens go before every sequence
@@ -490,7 +505,7 @@ class Hymba(nn.Module):
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) of tokens idx (B, T); with targets (B, T), the mean cross-entropy () in nats instead.
 
-        Targets are -1 where there is nothing to predict.
+        targets[:, t] is the token after idx[:, t], negative where there is nothing to predict.
         """
         x = self.hidden(idx)
         return F.linear(x, self.output) if targets is None else linear_cross_entropy(x, self.output, targets)
