@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ops
-from model import Block, HybridHeads, Hymba, HymbaConfig, RMSNorm, fuse, rope_angles, swiglu, windowed_attention
+from model import Block, Hymba, HymbaConfig, Mixer, RMSNorm, fuse, rope_angles, swiglu, windowed_attention
 
 try:
     import engine_kernels  # one new token a row, on GPUs; optional
@@ -176,7 +176,7 @@ def scale_of(norm: nn.Module | None) -> tuple[Tensor | None, float]:
     return (norm.weight, norm.eps) if isinstance(norm, RMSNorm) else (None, 0.0)
 
 
-def step_mixer(mixer: HybridHeads, proj: Tensor, rope: tuple[Tensor, Tensor], cache: BlockCache) -> Tensor:
+def step_mixer(mixer: Mixer, proj: Tensor, rope: tuple[Tensor, Tensor], cache: BlockCache) -> Tensor:
     """What lies between the projections: in_proj's output proj (B, 1, ...) -> (B, 1, width of out_proj's input)."""
     if attn := mixer.attn:
         sizes = attn.H, attn.owns_kv, attn.window or 0, attn.n_meta

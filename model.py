@@ -302,10 +302,12 @@ class AttentionHeads(nn.Module):
         self.n_meta, self.window = config.n_meta, config.window if letter in "th" else None
         self.owns_kv = config.kv_owner[layer] == layer
         self.H, self.G, self.E, self.F = config.n_head, config.n_kv_head, config.head_size, config.value_size(letter)
-        self.sizes = [self.H * self.E, self.G * self.E * self.owns_kv, self.G * self.F * self.owns_kv]  # q, k, v
+        own = self.G if self.owns_kv else 0  # key/value heads that are computed here
+        self.sizes = [self.H * self.E, own * self.E, own * self.F]  # q, k, v
         self.width = self.H * self.F
 
     def forward(self, qkv, rope, kv, cache):
+        """qkv (B, T, sum of sizes); kv, which an owner ignores: keys (B, S, G, E) and values (B, S, G, F) handed on."""
         B, T, _ = qkv.shape
         q, k, v = qkv.split(self.sizes, dim=-1)
         q = apply_rope(q.view(B, T, self.H, self.E), rope)
@@ -341,6 +343,7 @@ class MambaHeads(nn.Module):
         self.D = nn.Parameter(torch.ones(D))  # the skip weight of each channel
 
     def forward(self, xz, cache):
+        """xz (B, T, 2 D) -> (B, T, D)."""
         x, z = xz.split(self.sizes, dim=-1)
         tail, state = (None, None) if cache is None else cache.ssm
         x, tail = causal_conv(x, self.conv_weight, self.conv_bias, tail)
@@ -366,7 +369,7 @@ def fuse(y: Tensor, s: Tensor, y_norm: nn.Module, s_norm: nn.Module, fusion: str
     return FUSE[fusion](y_norm(y), s_norm(s))
 
 
-class HybridHeads(nn.Module):
+class Mixer(nn.Module):
     """The token mixer of every kind of block: attention heads, SSM heads, or both in parallel on the same input.
 
     Hymba, Sec. 2.1: one projection feeds all heads, both kinds give D channels, each branch is RMS-normalised with
@@ -419,12 +422,15 @@ class Block(nn.Module):
     def __init__(self, config: HymbaConfig, layer: int):
         super().__init__()
         self.mixer_norm = RMSNorm(config.n_embd, config.norm_eps)
-        self.mixer = HybridHeads(config, layer)
+        self.mixer = Mixer(config, layer)
         self.ffn_norm = RMSNorm(config.n_embd, config.norm_eps) if config.n_hidden else None
         self.ffn = FeedForward(config) if config.n_hidden else None
 
     def forward(self, x, rope, kv=None, cache=None):
         """x (B, T, C), its rotations (from rope_angles), kv of the block before, and this block's part of a cache.
+
+        Only engine.py passes a cache. A block uses three things of it: attend(q, kv, heads) -> (y, kv), ssm, which is
+        the convolution's tail (B, K - 1, D) and the state (B, D, N), and keep(tail, state).
 
         Returns x (B, T, C) and the kv that the next block may share.
         """
