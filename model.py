@@ -44,7 +44,9 @@ from torch import Tensor
 
 try:
     import ops  # faster versions of the operations that are marked @accelerated
-except ImportError:
+except ModuleNotFoundError as e:
+    if e.name != "ops":  # it is there, but something that it needs is not
+        raise
     ops = None
 
 

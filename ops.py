@@ -283,12 +283,18 @@ def fuse(y: Tensor, s: Tensor, y_norm: nn.Module, s_norm: nn.Module, fusion: str
 
 
 def takes_fuse(y: Tensor, s: Tensor, y_norm: nn.Module, s_norm: nn.Module, fusion: str) -> bool:
-    normed = all(isinstance(getattr(norm, "eps", None), float) for norm in (y_norm, s_norm))
-    return fusion in BRANCH_WEIGHTS and in_inference(y) and normed and untouched(y_norm, s_norm)
+    eps = {getattr(norm, "eps", None) for norm in (y_norm, s_norm)}
+    alike = len(eps) == 1 and None not in eps  # the kernel knows RMSNorm, with one eps
+    return fusion in BRANCH_WEIGHTS and in_inference(y) and alike and untouched(y_norm, s_norm)
 
 
-PLAIN = {f.__name__: f for f in (rms_norm, selective_scan, windowed_attention, cross_entropy, linear_cross_entropy)} | {
-    "rope_table": rope_table
+PLAIN = {
+    "rms_norm": rms_norm,
+    "selective_scan": selective_scan,
+    "windowed_attention": windowed_attention,
+    "cross_entropy": cross_entropy,
+    "linear_cross_entropy": linear_cross_entropy,
+    "rope_table": rope_table,
 }
 ALL_KERNELS = {}  # by the name of the definition: the kernel, and a function of the same inputs that says if it runs
 if kernels:

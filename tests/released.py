@@ -87,8 +87,8 @@ def write_released(folder: Path, c: dict, shards: int = 1, dtype=torch.float32, 
     return tensors
 
 
-def write_chat_model(folder: Path, merges: int = 0, **settings) -> Path:
-    """A random released Hymba with a tokenizer of ASCII characters and so many merges, and a chat template."""
+def write_chat_tokenizer(folder: Path, merges: int = 0, **settings) -> Path:
+    """A released model's tokenizer of ASCII letters and so many merges, with a chat template, and without weights."""
     tokenizers = pytest.importorskip("tokenizers", reason="pip install -r requirements-dev.txt")
     pytest.importorskip("jinja2", reason="pip install -r requirements-dev.txt")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -98,7 +98,6 @@ def write_chat_model(folder: Path, merges: int = 0, **settings) -> Path:
     letters = "abcdefghijklmnopqrstuvwxyz "
     tokenizer.train_from_iterator([a + b for a in letters for b in letters], trainer)
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    write_released(folder, HYMBA_JSON | {"vocab_size": size})
     tokenizer.enable_truncation(4)  # of some batch in its training, not of ours
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": TEMPLATE} | settings
@@ -106,3 +105,21 @@ def write_chat_model(folder: Path, merges: int = 0, **settings) -> Path:
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2]}))
     (folder / "config.json").write_text(json.dumps(HYMBA_JSON | {"vocab_size": size, "eos_token_id": 3}))
     return folder
+
+
+def write_chat_model(folder: Path, merges: int = 0, **settings) -> Path:
+    """A random released Hymba with that tokenizer."""
+    write_chat_tokenizer(folder, merges, **settings)
+    config = (folder / "config.json").read_text()
+    write_released(folder, json.loads(config))
+    return folder
+
+
+BAD_TEMPLATES = [
+    (None, "has no chat template, so it was not trained to chat: use --prompt"),
+    ([{"name": "tool_use", "template": "x"}], "has no chat template"),
+    ("{% for %}", "the chat template of .*: Expected"),
+    ("{{ raise_exception('only French') }}", "the chat template of .*: only French"),
+    ("{{ messages.append(1) }}", "the chat template of .*: "),  # the sandbox
+    ("{{ ''.__class__.__mro__ }}", "the chat template of .*: "),
+]

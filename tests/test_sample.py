@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from released import TEMPLATE, write_chat_model
+from released import BAD_TEMPLATES, TEMPLATE, write_chat_model
 from runs import ROOT, train_here
 
 import checkpoint
@@ -223,14 +223,7 @@ def test_chat_and_tokenizer_errors(tmp_path, monkeypatch):
         sample.main([*args, "--prompt=Hello"])
     monkeypatch.setattr(checkpoint, "load", lambda *args: pytest.fail("it began to load the weights"))
     settings = json.loads((folder / "tokenizer_config.json").read_text())
-    for template, message in [
-        (None, "has no chat template, so it was not trained to chat: use --prompt"),
-        ([{"name": "tool_use", "template": "x"}], "has no chat template"),
-        ("{% for %}", "the chat template of .*: Expected"),
-        ("{{ raise_exception('only French') }}", "the chat template of .*: only French"),
-        ("{{ messages.append(1) }}", "the chat template of .*: "),  # the sandbox
-        ("{{ ''.__class__.__mro__ }}", "the chat template of .*: "),
-    ]:
+    for template, message in BAD_TEMPLATES:
         (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
         with pytest.raises(ValueError, match=message):
             sample.main(args)

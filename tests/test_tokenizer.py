@@ -3,43 +3,13 @@
 import json
 import sys
 import types
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from released import BAD_TEMPLATES, SPECIAL, TEMPLATE, write_chat_tokenizer
 
 from tokenizer import ReleasedTokenizer, chat_template, detokenizer, load_tokenizer, stops, tokenizer_of
-
-TEMPLATE = """{{ bos_token }}{% for m in messages %}
-{% if m.role not in ('user', 'assistant') %}{{ raise_exception('no ' + m.role) }}{% endif %}
-<|{{ m.role }}|>{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}
-{% endfor %}
-{% if add_generation_prompt %}
-<|assistant|>
-{%- endif %}"""  # trim_blocks and lstrip_blocks make one line of it
-SPECIAL = ["<s>", "</s>", "<|user|>", "<|assistant|>"]
-
-
-def write_chat_tokenizer(folder: Path) -> Path:
-    """A released model's tokenizer of ASCII letters, with a chat template, and without weights."""
-    tokenizers = pytest.importorskip("tokenizers", reason="pip install -r requirements-dev.txt")
-    pytest.importorskip("jinja2", reason="pip install -r requirements-dev.txt")
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.decoder = tokenizers.decoders.Fuse()
-    size = len(SPECIAL) + 27
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=size, special_tokens=SPECIAL, show_progress=False)
-    letters = "abcdefghijklmnopqrstuvwxyz "
-    tokenizer.train_from_iterator([a + b for a in letters for b in letters], trainer)
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    tokenizer.enable_truncation(4)  # of some batch in its training, not of ours
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": TEMPLATE}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2]}))
-    (folder / "config.json").write_text(json.dumps({"model_type": "hymba", "vocab_size": size, "eos_token_id": 3}))
-    return folder
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Tokenizers
@@ -157,14 +127,7 @@ def test_chat_template_errors(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="the chat template of .*: no system"):
         chat_template(folder)([{"role": "system", "content": "Be kind"}])
     settings = json.loads((folder / "tokenizer_config.json").read_text())
-    for template, message in [
-        (None, "has no chat template, so it was not trained to chat: use --prompt"),
-        ([{"name": "tool_use", "template": "x"}], "has no chat template"),
-        ("{% for %}", "the chat template of .*: Expected"),
-        ("{{ raise_exception('only French') }}", "the chat template of .*: only French"),
-        ("{{ messages.append(1) }}", "the chat template of .*: "),  # the sandbox
-        ("{{ ''.__class__.__mro__ }}", "the chat template of .*: "),
-    ]:
+    for template, message in BAD_TEMPLATES:
         (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
         with pytest.raises(ValueError, match=message):
             chat_template(folder)

@@ -228,3 +228,36 @@ def test_kernels_are_a_flag(kernels_on):
     assert ops.KERNELS == ops.ALL_KERNELS
     train.start_process(train.TrainConfig(device="cpu", kernels=False))
     assert not ops.KERNELS
+
+
+def test_one_thread_where_threads_wait_for_each_other(monkeypatch):
+    """By a clock that each forward pass moves on: two threads take long on a busy machine, one on a quiet one."""
+    clock, threads = [0.0], torch.get_num_threads()
+    optimizer = types.SimpleNamespace(zero_grad=lambda set_to_none: None)
+    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
+    data = types.SimpleNamespace(train=[np.arange(100)])
+    for seconds, best in (({1: 2.0, 2: 9.0}, 1), ({1: 2.0, 2: 1.5}, 2), ({1: 2.0}, 1)):
+        passes = []
+
+        def loss(windows, seconds=seconds, passes=passes):
+            passes.append(torch.get_num_threads())
+            clock[0] += seconds[passes[-1]]
+            return torch.zeros((), requires_grad=True)
+
+        torch.set_num_threads(max(seconds))
+        run = types.SimpleNamespace(batch=lambda step: (8, 2, 2), step=0, data=data, loss=loss, optimizer=optimizer)
+        assert train.faster_threads(run) == best
+        assert sorted(set(passes)) == (list(seconds) if len(seconds) > 1 else [])
+    torch.set_num_threads(threads)
+
+
+def test_threads_are_kept_in_the_checkpoint(corpus, tmp_path, monkeypatch):
+    """A resumed run takes as many as before, whatever is faster now; a flag says otherwise."""
+    chosen, threads = [], torch.get_num_threads()
+    monkeypatch.setattr(train, "faster_threads", lambda run: chosen.append(1) or 2)
+    flags = [*TINY, f"--data_dir={corpus / 'data'}", f"--out_dir={tmp_path / 'out'}"]
+    for more, used, asked in (([], 2, 1), (["--resume"], 2, 1), (["--resume", "--threads=1"], 1, 1)):
+        steps = f"--max_steps={24 + 8 * len(more) if more else 8}"
+        train.main([*flags, *more, steps])
+        assert json.loads((tmp_path / "out/last/config.json").read_text())["threads"] == used and len(chosen) == asked
+    torch.set_num_threads(threads)
