@@ -276,7 +276,7 @@ def scan_step_kernel(x, dt, A_log, BC, D_skip, z, bias, state, B_scale, C_scale,
     here = in_d[:, None] & (n < N)[None, :]
     state += b * state_b + d[:, None] * N + n[None, :]
     h = tl.load(state, mask=here, other=0.0)
-    A = -tl.exp2(LOG2E * tl.load(A_log + d[:, None] * N + n[None, :], mask=here, other=0.0).to(tl.float32))
+    A = -tl.exp2(tl.load(A_log + d[:, None] * N + n[None, :], mask=here, other=0.0).to(tl.float32) * LOG2E)
     wait()
     u = tl.load(x + b * x_b + d, mask=in_d, other=0.0).to(tl.float32)
     gate = tl.load(z + b * z_b + d, mask=in_d, other=0.0).to(tl.float32)
@@ -287,7 +287,7 @@ def scan_step_kernel(x, dt, A_log, BC, D_skip, z, bias, state, B_scale, C_scale,
     if NORM:
         Bt *= rms(Bt, N, eps) * tl.load(B_scale + n, mask=n < N, other=0.0).to(tl.float32)
         Ct *= rms(Ct, N, eps) * tl.load(C_scale + n, mask=n < N, other=0.0).to(tl.float32)
-    h = tl.exp2(LOG2E * step[:, None] * A) * h + (step * u)[:, None] * Bt[None, :]
+    h = tl.exp2(step[:, None] * LOG2E * A) * h + (step * u)[:, None] * Bt[None, :]
     tl.store(state, h, mask=here)
     out = tl.sum(h * Ct[None, :], 1) + tl.load(D_skip + d, mask=in_d, other=0.0) * u
     tl.store(y + b * D + d, (out * gate * sigmoid(gate)).to(y.dtype.element_ty), mask=in_d)

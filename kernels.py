@@ -19,7 +19,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
+
+if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
+    raise ImportError(f"the Triton kernels need Triton 3.6, and this is {triton.__version__}: pip install -U torch")
+from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -40,14 +43,14 @@ def usable(x: Tensor) -> bool:
 
 @triton.jit
 def sigmoid(v):
-    return 1.0 / (1.0 + tl.exp2(-LOG2E * v))
+    return 1.0 / (1.0 + tl.exp2(v * -LOG2E))
 
 
 @triton.jit
 def softplus(v):
     """log(1 + exp(v)) = max(v, 0) + log1p(e), e = exp(-|v|) in [0, 1]. log1p(e) / e is a degree-8 minimax polynomial,
     good to 1.5e-7 relative: dt is often 1e-3 and below, where the hardware's log2 is good only to 2e-7 absolute."""
-    e = tl.exp2(-LOG2E * tl.abs(v))
+    e = tl.exp2(tl.abs(v) * -LOG2E)
     p = 0.00523269069 * e - 0.0295052289
     p = p * e + 0.0782259443
     p = p * e - 0.13663246

@@ -6,6 +6,7 @@ Every function here has the name, the signature and the meaning of its definitio
 the ones of model.py.
 """
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -16,8 +17,10 @@ from torch.autograd.function import once_differentiable
 
 try:
     import kernels  # Triton kernels, for GPUs; optional
-except ImportError:
+except ImportError as e:
     kernels = None
+    if torch.cuda.is_available():
+        warnings.warn(f"slower than need be, without kernels: {e}", stacklevel=2)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import model as model_module
 import ops
 from conftest import (
-    INTERPRETER,
+    TRITON,
     compare_with_grads,
     cross_entropy_inputs,
     dense_attention,
@@ -22,7 +22,7 @@ from conftest import (
 )
 from ops import linear_cross_entropy, selective_scan, windowed_attention
 
-needs_kernels = pytest.mark.skipif(not INTERPRETER, reason="pip install triton==3.6.0")
+needs_kernels = pytest.mark.skipif(not TRITON, reason="pip install triton: 3.6 or later")
 
 
 @settings(max_examples=40, deadline=None)
