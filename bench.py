@@ -24,6 +24,11 @@ attention 2 (E + F) operations for each pair that the mask lets through (5/2 of 
 decode step reading all weights and what each block sees of the caches once, at the copy bandwidth of the same run.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported ends without a traceback
+
 import argparse
 import importlib.util
 import json
@@ -43,6 +48,8 @@ import checkpoint
 import cost
 import ops
 from engine import Cache, Engine, TokenLoop
+from files import read_json
+from flags import Parser, run
 from model import Hymba, HymbaConfig
 
 SCAN_CPU = (8, 512, 512, 16)  # B, T, D, N
@@ -572,13 +579,16 @@ def plot(files: list[str]) -> None:
         raise ValueError("plot needs matplotlib: pip install matplotlib") from None
     draw = {"scan": plot_times, "attention": plot_times, "train": plot_bars, "sweep": plot_sweep}
     for file in files:
-        result = json.loads(Path(file).read_text())
+        result = read_json(Path(file), {"what": str, "device": str, "rows": list})
         what, rows = result["what"], result["rows"]
         if what not in draw:
             raise ValueError(f"{file}: no picture of {what}, only of {', '.join(draw)}")
         if not rows:
             raise ValueError(f"{file} has no results to plot")
-        fig = draw[what](plt, rows)
+        try:
+            fig = draw[what](plt, rows)
+        except (KeyError, TypeError, AttributeError, ValueError) as e:
+            raise ValueError(f"{file} is not what bench.py {what} --json writes: {type(e).__name__}: {e}") from None
         fig.suptitle(f"{what}, {result['device']}")
         fig.tight_layout()
         fig.savefig(f"bench_{what}.png", dpi=120)
@@ -643,8 +653,15 @@ def tokens_of(shape: str) -> int:
     return math.prod(int(n) for n in shape.strip("()").split(",")[:2])
 
 
+def numbers(flag: str, text: str) -> list[int]:
+    """The numbers in "1,16,128"."""
+    if not re.fullmatch(r"([1-9][0-9]{0,8}(,|$))*", text):
+        raise ValueError(f"--{flag}={text[:60]}: write numbers with commas between them, such as 1,16,128")
+    return [int(n) for n in text.split(",") if n]
+
+
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("bench.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser("bench.py", __doc__)
     parser.add_argument("what", choices=["scan", "attention", "train", "decode", "roadmap", "sweep", "plot"])
     parser.add_argument("files", nargs="*", help="plot: what --json wrote")
     parser.add_argument("--repeats", type=int, help="timed runs [CPU: 7, GPU: 30]")
@@ -659,6 +676,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     gpu = torch.cuda.is_available()
+    if args.repeats is not None and args.repeats < 1:
+        raise ValueError(f"--repeats={args.repeats}: must be 1 or more")
     if args.what == "plot":
         return plot(args.files)
     if args.worker and args.what == "scan":
@@ -676,7 +695,7 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"bench.py {args.what} {message}")
     device = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
     print(f"{args.what} on {device}, torch {torch.__version__}; times in ms")
-    tokens, batches = ([int(n) for n in text.split(",") if n] for text in (args.tokens, args.batches))
+    tokens, batches = numbers("tokens", args.tokens), numbers("batches", args.batches)
     if args.what == "scan":
         rows = scan_gpu(args.repeats or 30, tokens) if gpu else scan_cpu(args.repeats or 7, args.loop)
     elif args.what == "attention":
@@ -694,7 +713,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, OSError) as e:
-        sys.exit(f"bench.py: {e}")
+    run("bench.py", main, "--batches, --shapes or --tokens")

@@ -6,16 +6,16 @@ is config.json with {"model": the fields of HymbaConfig, ...} beside model.safet
 A checkpoint of training has the optimizer's state, too (save_training, load_training).
 """
 
+import hashlib
 import json
 import re
-import shutil
-from dataclasses import asdict
+import types
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
+from files import brief, check_keys, read_json, read_tensors, recover, replacing, write_tensors
 from model import Hymba, HymbaConfig
 
 # By config.json's model_type: their tensor -> our parameter. Tensors that share one are its rows, in this order.
@@ -76,6 +76,24 @@ FORMATS = {
     },
 }
 
+# What their config.json must have, and what it may have, by types
+_SIZES = dict.fromkeys(["vocab_size", "hidden_size", "num_hidden_layers"], int)
+_HEADS = _SIZES | dict(num_attention_heads=int, intermediate_size=int, rms_norm_eps=float, max_position_embeddings=int)
+_MAY = dict(num_key_value_heads=int, tie_word_embeddings=bool, rope_theta=float)
+RELEASED_KEYS = {
+    "hymba": (
+        _HEADS
+        | dict.fromkeys(["mamba_d_state", "mamba_d_conv", "mamba_expand", "num_memory_tokens", "sliding_window"], int)
+        | dict(mamba_dt_rank=int | str, global_attn_idx=list, kv_reuse_group=list | types.NoneType, rope_theta=float),
+        _MAY | dict(rope_type=str, orig_max_position_embeddings=int),
+    ),
+    "llama": (_HEADS, _MAY | dict(rope_parameters=dict, rope_scaling=dict)),
+    "mamba": (
+        _SIZES | dict(state_size=int, conv_kernel=int, expand=int, time_step_rank=int | str, layer_norm_epsilon=float),
+        _MAY,
+    ),
+}
+
 # Stay float32 in a bfloat16 model: what the convolution and the scan multiply and add channel by channel
 FLOAT32 = ("conv_weight", "conv_bias", "dt_bias", "A_log", ".D")
 
@@ -109,15 +127,17 @@ def cast(model: Hymba, dtype: torch.dtype) -> Hymba:
 def released_config(c: dict) -> dict:
     """The fields of HymbaConfig for a released Hymba, or a Llama or Mamba of transformers, from its config.json.
 
-    Raises ValueError for what model.py cannot compute, KeyError or TypeError for what config.json should have.
+    Its keys have the types of RELEASED_KEYS. Raises ValueError for what model.py cannot compute.
     """
 
     def only(values: dict, **supported) -> None:
         for key, value in supported.items():
             if values.get(key) not in (None, value):
-                raise ValueError(f"config.json: {key}={values[key]!r} is not supported, only {value!r}")
+                raise ValueError(f"{key}={brief(values[key])} is not supported, only {value!r}")
 
     kind, n = c["model_type"], c["num_hidden_layers"]
+    if not 1 <= n <= 1000 or c.get("num_attention_heads", 1) < 1:
+        raise ValueError(f"num_hidden_layers={n}, num_attention_heads={c.get('num_attention_heads')} is not possible")
     only(c, hidden_act="silu")
     tied = c.get("tie_word_embeddings", kind != "llama")  # transformers' defaults
     common = dict(vocab_size=c["vocab_size"], n_embd=c["hidden_size"], tied=tied)
@@ -135,10 +155,12 @@ def released_config(c: dict) -> dict:
         rope = c.get("rope_parameters") or c.get("rope_scaling") or {}  # transformers 5, and before
         base = rope.get("rope_theta") or c.get("rope_theta") or 10000.0
         if (rope_type := rope.get("rope_type", rope.get("type", "default"))) == "llama3":
-            common |= dict(rope_orig=rope["original_max_position_embeddings"], rope_factor=rope["factor"])
-            common |= dict(rope_low=rope["low_freq_factor"], rope_high=rope["high_freq_factor"])
+            names = dict(rope_orig="original_max_position_embeddings", rope_factor="factor")
+            names |= dict(rope_low="low_freq_factor", rope_high="high_freq_factor")
+            check_keys(rope, "its RoPE", {theirs: int | float for theirs in names.values()})
+            common |= {ours: rope[theirs] for ours, theirs in names.items()}
         elif rope_type != "default":
-            raise ValueError(f"config.json: rope_type={rope_type!r} is not supported, only 'default' and 'llama3'")
+            raise ValueError(f"rope_type={brief(rope_type)} is not supported, only 'default' and 'llama3'")
         return dict(pattern="T" * n, n_meta=0, rope_base=base, **common)
 
     only(c, rope=True, memory_tokens_interspersed_every=0, mlp_hidden_act="silu")
@@ -147,11 +169,9 @@ def released_config(c: dict) -> dict:
         only(c, rope_type="ntk")
         if c["max_position_embeddings"] < c["orig_max_position_embeddings"]:  # the base would shrink
             raise ValueError(
-                f"config.json: rope_type='ntk' with max_position_embeddings={c['max_position_embeddings']} is not "
+                f"rope_type='ntk' with max_position_embeddings={c['max_position_embeddings']} is not "
                 f"supported, only orig_max_position_embeddings={c['orig_max_position_embeddings']} or more"
             )
-    if not isinstance(c["sliding_window"], int):
-        raise ValueError(f"config.json: sliding_window={c['sliding_window']!r} is not supported, only a number")
     common |= dict(d_state=c["mamba_d_state"], d_conv=c["mamba_d_conv"], expand=c["mamba_expand"])
     common |= dict(dt_rank=0 if c["mamba_dt_rank"] == "auto" else c["mamba_dt_rank"], n_meta=c["num_memory_tokens"])
     return dict(
@@ -165,16 +185,22 @@ def released_config(c: dict) -> dict:
 
 
 def pretrained_folder(name: str | Path, weights: bool = True) -> Path:
-    """The folder of a checkpoint: name itself, or the download of what huggingface.co calls so (owner/model).
+    """The folder of a checkpoint: name itself, the best or else the last checkpoint in it if it is a run's folder, or
+    the download of what huggingface.co calls so (owner/model).
 
     Without weights, only the small files are downloaded, so that what is wrong with them shows before time is spent.
     Raises FileNotFoundError if name is neither, ConnectionError if it cannot be downloaded, and ValueError with the
     line to install if huggingface_hub is missing.
     """
-    folder = Path(name)
+    folder = Path(name).expanduser()
     if not folder.is_dir():
-        if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name)):
-            raise FileNotFoundError(f"{name} is not a checkpoint: neither a folder nor owner/model on huggingface.co")
+        owner_model = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name))
+        if not owner_model or folder.parent.exists() or folder.parts[0] == "out":  # a path, by its looks
+            near = sorted(str(f.parent) for f in folder.parent.glob("*/*") if f.name in ("config.json", "best", "last"))
+            there = f"; there are {', '.join(dict.fromkeys(near[:9]))}" if near else ""
+            raise FileNotFoundError(
+                f"{name} is not a checkpoint: neither a folder nor owner/model on huggingface.co{there}"
+            )
         try:
             from huggingface_hub import snapshot_download
         except ImportError:
@@ -186,23 +212,46 @@ def pretrained_folder(name: str | Path, weights: bool = True) -> Path:
         except (OSError, ValueError) as e:
             reason = " ".join(str(e).split())
             raise ConnectionError(f"there is no folder {name}, nor a download from huggingface.co: {reason}") from None
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} is not a checkpoint: it has no config.json")
-    return folder
+    if (folder / "config.json").is_file():
+        return folder
+    for part in (
+        "best",
+        "last",
+        "last.old",
+    ):  # of a run's folder; last.old is there if a crash came between two renames
+        if (folder / part / "config.json").is_file():
+            return folder / part
+    old = folder.with_name(folder.name + ".old")
+    if (old / "config.json").is_file():
+        return old
+    raise FileNotFoundError(f"{folder} is not a checkpoint: it has no config.json")
 
 
-def read_config(folder: Path) -> tuple[str | None, dict, dict]:
-    """The format of a checkpoint (None: our own), its config.json, and the fields of HymbaConfig that it makes."""
+def read_config(folder: Path) -> tuple[str | None, dict, HymbaConfig]:
+    """The format of a checkpoint (None: our own), its config.json, and the configuration that it makes.
+
+    Raises ValueError, naming the file and the key.
+    """
     file = folder / "config.json"
+    config = read_json(file)
+    if "model" in config:
+        check_keys(config, str(file), {"model": dict})
+    elif (kind := config.get("model_type")) in FORMATS:
+        check_keys(config, str(file), *RELEASED_KEYS[kind])
+    else:
+        raise ValueError(f"{file}: model_type={brief(kind)} is not supported, only {', '.join(FORMATS)}")
     try:
-        config = json.loads(file.read_text())
         if "model" in config:
-            return None, config, {k: v for k, v in config["model"].items() if k not in RETIRED}
-        if (kind := config.get("model_type")) not in FORMATS:
-            raise ValueError(f"config.json: model_type={kind!r} is not supported, only {', '.join(FORMATS)}")
-        return kind, config, released_config(config)
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise ValueError(f"{file} describes no model: {type(e).__name__}: {e}") from None
+            arguments = {k: v for k, v in config["model"].items() if k not in RETIRED}
+            if unknown := arguments.keys() - {f.name for f in fields(HymbaConfig)}:
+                raise ValueError(f"another version wrote it: unknown keys {', '.join(map(brief, sorted(unknown)[:5]))}")
+            return None, config, HymbaConfig(**arguments)
+        model = HymbaConfig(**released_config(config))
+        if kind == "hymba":
+            check_groups(model, config["kv_reuse_group"])
+        return kind, config, model
+    except ValueError as e:
+        raise ValueError(f"{file}: {e}") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -244,7 +293,7 @@ def save(model: Hymba, folder: str | Path, **extra) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     new = [folder / "model.safetensors.new", folder / "config.json.new"]
     try:
-        save_file(tensors, new[0], metadata={"format": "pt"})  # transformers wants to know
+        write_tensors(tensors, new[0], sign=kind is None)
         new[1].write_text(json.dumps(config | extra, indent=2) + "\n")
         for file in new:
             file.replace(file.with_suffix(""))
@@ -265,16 +314,10 @@ def load(name: str | Path, dtype: torch.dtype | None = None, device: str | torch
     that model.py cannot compute and for tensors that do not fit it, naming each missing, unexpected or misshapen.
     """
     folder = pretrained_folder(name, weights=False)
-    kind, config, arguments = read_config(folder)
-    try:
-        with torch.device("meta"):
-            model = Hymba(HymbaConfig(**arguments))
-    except TypeError as e:
-        raise ValueError(f"{folder / 'config.json'} describes no model: {e}") from None
-    if kind == "hymba":
-        check_groups(model.config, config["kv_reuse_group"])
-    folder = pretrained_folder(name)
-    tensors = read_tensors(folder)
+    kind, config, settings = read_config(folder)
+    with torch.device("meta"):
+        model = Hymba(settings)
+    tensors = read_weights(pretrained_folder(name))
     if kind is None:
         tensors = {current_name(name): t for name, t in tensors.items()}
     fill(model, tensors, folder, kind, config, dtype, device)
@@ -285,30 +328,33 @@ def check_groups(config: HymbaConfig, given: list[list[int]] | None) -> None:
     """Raise ValueError if blocks share keys and values in other groups than ours."""
     owner = config.kv_owner
     groups = [group for i in range(len(owner)) if len(group := [j for j, o in enumerate(owner) if o == i]) > 1]
-    if groups != sorted(given or []):
-        raise ValueError(f"config.json: kv_reuse_group={given} is not supported, only {groups}")
+    if not all(group in groups for group in given or []) or len(given or []) != len(groups):
+        raise ValueError(f"kv_reuse_group={brief(given)} is not supported, only {groups}")
 
 
-def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint, by their names in its files."""
     tensors, files = {}, [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
     if not files[0].is_file() and index.is_file():
-        try:
-            files = [folder / file for file in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as e:
-            raise ValueError(f"{index} is corrupt: {type(e).__name__}: {e}") from None
+        names = set(map(str, read_json(index, {"weight_map": dict})["weight_map"].values()))
+        if outside := [name for name in names if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name)]:
+            raise ValueError(f"{index} is corrupt: {brief(outside[0])} is no file of this folder")
+        files = [folder / name for name in sorted(names)]
     for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"{folder} is not a whole checkpoint: it has no {file.name}")
-        try:
-            new = load_file(file)  # mapped: nothing is read before it is used
-        except SafetensorError as e:
-            raise ValueError(f"{file} is corrupt: {e}") from None
+        new = read_tensors(file)
         if twice := sorted(tensors.keys() & new.keys()):
             raise ValueError(f"{file} is corrupt: another file of {folder} has {', '.join(twice)}, too")
         tensors |= new
     return tensors
+
+
+def misfits(tensors: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    """Each tensor that is missing, unexpected or of another shape, in words."""
+    wrong = [f"missing {name}" for name in shapes if name not in tensors]
+    wrong += [f"unexpected {name}" for name in tensors if name not in shapes]
+    return wrong + [f"{name} of shape {tuple(t.shape)}, not {tuple(shapes[name])}" for name, t in tensors.items()
+                    if name in shapes and t.shape != shapes[name]]  # fmt: skip
 
 
 def fill(
@@ -322,10 +368,7 @@ def fill(
         (embed,) = places["embed.weight"]
         shapes["lm_head.weight"] = shapes[embed]
         dtypes["lm_head.weight"] = tensors["lm_head.weight"].dtype
-    wrong = [f"missing {name}" for name in shapes if name not in tensors]
-    wrong += [f"unexpected {name}" for name in tensors if name not in shapes]
-    wrong += [f"{name} of shape {tuple(t.shape)}, not {shapes[name]}" for name, t in tensors.items()
-              if name in shapes and t.shape != shapes[name]]  # fmt: skip
+    wrong = misfits(tensors, shapes)
     wrong += [f"{name} of {t.dtype}: quantised weights are not supported" for name, t in tensors.items()
               if name in shapes and not t.is_floating_point()]  # fmt: skip
     if not wrong and dtypes and not torch.equal(tensors["lm_head.weight"], tensors[embed]):
@@ -350,56 +393,55 @@ def fill(
 # Checkpoints of training
 
 
-def save_training(folder: Path, model: Hymba, optimizer, extra: dict, tokenizer_file: Path) -> None:
-    """Write a checkpoint beside folder and rename it into place: wherever this stops, a whole one is left."""
-    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    shutil.rmtree(new, ignore_errors=True)
-    try:
+def save_training(folder: Path, model: Hymba, optimizer, extra: dict, tokenizer: bytes | None) -> None:
+    """Write a checkpoint beside folder and rename it into place: wherever this stops, a whole one is left.
+
+    tokenizer: the data set's tokenizer.tiktoken, if it has one.
+    """
+    with replacing(folder) as new:
+        if tokenizer is not None:
+            (new / "tokenizer.tiktoken").write_bytes(tokenizer)
+            extra = extra | {"tokenizer_sha256": hashlib.sha256(tokenizer).hexdigest()}
         save(model, new, **extra)
         if optimizer is not None:
             names = {p: name for name, p in model.named_parameters()}
             state = {f"{names[p]}.{k}": v for p, s in optimizer.state.items() for k, v in s.items()}
-            save_file(state, new / "optimizer.safetensors")
-        if tokenizer_file.is_file():
-            shutil.copy(tokenizer_file, new)
-    except SafetensorError as e:  # a full disk, say
-        shutil.rmtree(new, ignore_errors=True)
-        raise OSError(f"cannot write {folder}: {e}") from None
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+            write_tensors(state, new / "optimizer.safetensors")
 
 
-def load_training(folder: Path, model: Hymba, optimizer, tokenizer: str, tokenizer_file: Path) -> dict:
-    """Load weights and optimizer state in place; returns config.json.
+# What config.json of a checkpoint of training has, and what those of older versions may lack
+TRAINING_KEYS = {"step": int, "train": dict, "tokenizer": str}
+LATER_KEYS = {"best_val_loss": float, "threads": int, "processes": int, "device": str, "data": dict}
 
-    ValueError for a checkpoint of another architecture or tokenizer.
-    """
-    old = folder.with_name(folder.name + ".old")
-    if not folder.exists() and old.exists():  # the machine stopped between save_training's two renames
-        old.rename(folder)
+
+def read_training(folder: Path) -> dict:
+    """config.json of a checkpoint of training. Raises ValueError if there is none to resume, or if it is corrupt."""
+    if folder.with_name(folder.name + ".old").exists():  # the machine stopped between two renames
+        recover(folder)
     if not (folder / "config.json").is_file():
         raise ValueError(f"nothing to resume: {folder} holds no checkpoint; leave --resume out to start one")
-    extra = json.loads((folder / "config.json").read_text())
-    mine, theirs = asdict(model.config), asdict(HymbaConfig(**read_config(folder)[2]))
+    extra = read_json(folder / "config.json", TRAINING_KEYS, LATER_KEYS)
+    if not 1 <= extra["step"] < 2**31 or not 0 <= (extra.get("threads") or 0) <= 1024:
+        raise ValueError(f"{folder / 'config.json'}: step={extra['step']}, threads={extra.get('threads')} cannot be")
+    return extra
+
+
+def load_training(folder: Path, model: Hymba, optimizer) -> None:
+    """Load weights and the optimizer's state in place. Raises ValueError for a checkpoint of another architecture, and
+    for an optimizer file that does not fit."""
+    mine, theirs = asdict(model.config), asdict(read_config(folder)[2])
     differ = [k for k in mine if mine[k] != theirs[k] and k != "block_size"]
     if differ:
         changes = ", ".join(f"{k}={theirs[k]!r} there and {mine[k]!r} here" for k in differ)
         raise ValueError(f"{folder} is a checkpoint of another architecture: {changes}")
-    ranks = [f.read_bytes() if f.is_file() else b"" for f in (tokenizer_file, folder / tokenizer_file.name)]
-    if extra["tokenizer"] != tokenizer or ranks[0] != ranks[1]:
-        raise ValueError(f"{folder} was trained with another tokenizer ({extra['tokenizer']}) than this data set's")
-    model.load_state_dict(load(folder).state_dict())
-    try:
-        state = {current_name(name): t for name, t in load_file(folder / "optimizer.safetensors").items()}
-    except (SafetensorError, FileNotFoundError) as e:
-        raise ValueError(f"{folder / 'optimizer.safetensors'} is corrupt: {e}") from None
+    weights, file = load(folder).state_dict(), folder / "optimizer.safetensors"
+    state = {current_name(name): t for name, t in read_tensors(file).items()}
+    shapes = {}
+    for name, p in model.named_parameters():
+        shapes |= {f"{name}.step": (), f"{name}.exp_avg": p.shape, f"{name}.exp_avg_sq": p.shape}
+    if wrong := misfits(state, shapes):
+        raise ValueError(f"{file} does not fit the model: {', '.join(wrong)}")
+    model.load_state_dict(weights)
     for name, p in model.named_parameters():  # copies: the file is mapped, and about to be replaced
         s = {k: state[f"{name}.{k}"] for k in ("step", "exp_avg", "exp_avg_sq")}
         optimizer.state[p] = {k: v.to(p.device if k != "step" or p.is_cuda else "cpu", copy=True) for k, v in s.items()}
-    return extra

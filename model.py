@@ -64,6 +64,21 @@ def accelerated(definition):
     return operation
 
 
+def check_fields(config, ranges: dict[str, tuple[float, float]]) -> None:
+    """Raise ValueError for a field of a dataclass of another type than it declares, or for a number that is out of its
+    range, NaN included. Where ranges has none, 1 to 2**24. A whole number is a float, too."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if f.type is float and type(value) is int and abs(value) < 2**63:
+            setattr(config, f.name, value := float(value))
+        if type(value) is not f.type:
+            raise ValueError(f"{f.name}={repr(value)[:60]}: must be {f.type.__name__}")
+        least, most = ranges.get(f.name, (1, 2**24))
+        if f.type in (int, float) and not least <= value <= most:
+            bound = f"{least} or more" if value < least else f"{most} or less" if value > most else "a number"
+            raise ValueError(f"{f.name}={value}: must be {bound}")
+
+
 @dataclass
 class HymbaConfig:
     """Everything that makes one architecture. The defaults are Hymba-125M.
@@ -97,14 +112,17 @@ class HymbaConfig:
     tied: bool = True  # the embedding is the output layer, too
 
     def __post_init__(self):
+        ranges = dict.fromkeys(["n_meta", "n_hidden", "rope_orig", "dt_rank"], (0, 2**24)) | {"n_layer": (0, 1000)}
+        ranges |= dict.fromkeys(["expand", "d_conv"], (1, 1024)) | {"norm_eps": (1e-12, 1), "rope_base": (1, 1e12)}
+        check_fields(self, ranges | dict.fromkeys(["rope_factor", "rope_low", "rope_high"], (0, 1e12)))
         n = self.n_layer or len(self.pattern) or 24
+        if n > 1000:
+            raise ValueError(f"{n} blocks are too many: give 1000 at most")
+        if self.pattern and len(self.pattern) != n:
+            raise ValueError(f"pattern '{self.pattern}' has {len(self.pattern)} letters but n_layer={n}; leave one out")
         self.pattern = self.pattern or "".join("H" if i in {0, (n - 1) // 2, n - 1} else "h" for i in range(n))
         self.n_layer = n
         self.dt_rank = self.dt_rank or math.ceil(self.n_embd / 16)
-        for f in fields(self):
-            least = 0 if f.name in {"n_meta", "n_hidden", "rope_orig"} else 1
-            if f.type in (int, "int") and getattr(self, f.name) < least:
-                raise ValueError(f"{f.name}={getattr(self, f.name)}: must be {least} or more")
         for letter in self.pattern:
             if letter not in "TtMHh":
                 raise ValueError(f"pattern '{self.pattern}': unknown letter '{letter}'; use T, t, M, H or h")
@@ -112,10 +130,8 @@ class HymbaConfig:
             raise ValueError("rope_orig needs heads of at least 4 channels: NTK's exponent is E / (E - 2)")
         if self.rope_factor and not (self.rope_orig and self.rope_low < self.rope_high):
             raise ValueError("rope_factor needs rope_orig, and rope_low less than rope_high")
-        if len(self.pattern) != n:
-            raise ValueError(f"pattern '{self.pattern}' has {len(self.pattern)} letters but n_layer={n}; leave one out")
         if self.fusion not in FUSE:
-            raise ValueError(f"fusion='{self.fusion}': use {', '.join(FUSE)}")
+            raise ValueError(f"fusion='{self.fusion[:60]}': use {', '.join(FUSE)}")
         if set(self.pattern) != {"M"}:  # attention heads must come out even
             if self.n_head % self.n_kv_head:
                 raise ValueError(f"n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}")

@@ -17,7 +17,11 @@ Tokenizers:
     gpt2        or any other encoding that tiktoken knows: cl100k_base, o200k_base, ...; downloaded once
 """
 
-import argparse
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while packages are imported ends without a traceback
+
 import codecs
 import hashlib
 import http.client
@@ -28,7 +32,6 @@ import os
 import platform
 import re
 import shutil
-import signal
 import site
 import sys
 import sysconfig
@@ -36,7 +39,7 @@ import urllib.request
 from array import array
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, suppress
 from itertools import islice
 from pathlib import Path
 
@@ -44,6 +47,8 @@ import numpy as np
 import tiktoken
 import tqdm
 
+from files import locked, parse_json, read_json, recover, replacing
+from flags import Parser, run
 from tokenizer import bpe_size, load_tokenizer, train_bpe
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -54,15 +59,20 @@ PIECE = 2**18  # bytes tokenized in one go; tiktoken's regex gives up on runs of
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}  # of tokens on disk, by the name in meta.json
 
 
-def open_split(folder: Path | str, split: str) -> tuple[np.memmap, dict]:
+META = {"tokenizer": str, "vocab_size": int, "eot": int, "dtype": str}  # of meta.json, with these of each split:
+META |= {split: {"tokens": int, "bytes": int, "documents": int, "sha256": str} for split in ("train", "val")}
+
+
+def open_split(folder: Path | str, split: str, command: str = "") -> tuple[np.memmap, dict]:
     """
     The tokens of a split ("train" or "val") and the settings in meta.json. The tokens are (n,) uint16 or uint32, mapped
-    from disk and read-only. Raises FileNotFoundError if there is no data set. Raises ValueError if a file's size is not
-    the one in meta.json, or, up to 1 GiB, its checksum: larger files would delay each start of training by seconds.
+    from disk and read-only. Raises FileNotFoundError if there is no data set, naming the command that makes it. Raises
+    ValueError if meta.json is corrupt, or if a file's size is not the one there, or, up to 1 GiB, its checksum: larger
+    files would delay each start of training by seconds.
     """
     folder = Path(folder)
     sources = {"python": "python", "site-packages": "python --site-packages", "shakespeare": "shakespeare"}
-    command = f"python prepare.py {sources.get(folder.name, f'FILES... --name={folder.name}')}"
+    command = command or f"python prepare.py {sources.get(folder.name, f'FILES... --name={folder.name}')}"
     if folder.parent != Path("data"):
         command += f" --data_dir={folder.parent}"
     if split not in ("train", "val"):
@@ -71,21 +81,22 @@ def open_split(folder: Path | str, split: str) -> tuple[np.memmap, dict]:
         raise FileNotFoundError(f"no data set at {folder}; prepare it with: {command}")
     again = f"rebuild it with: {command} --overwrite"
     try:
-        meta = json.loads((folder / "meta.json").read_bytes())
-        dtype = DTYPES[meta["dtype"]]
-        n_bytes, sha256 = meta[split]["tokens"] * dtype.itemsize, meta[split]["sha256"]
-        if meta["tokenizer"] != "bytes":
-            again += f" --tokenizer={meta['tokenizer']}"
+        meta = read_json(folder / "meta.json", META)
+        dtype = DTYPES.get(meta["dtype"])
+        if not dtype or not 0 <= meta["eot"] < meta["vocab_size"] <= 2**24 or meta[split]["bytes"] < 1:
+            raise ValueError(f"{folder / 'meta.json'} is corrupt: its sizes or its dtype cannot be")
     except FileNotFoundError:
         raise ValueError(f"{folder} has no meta.json; {again}") from None
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{folder / 'meta.json'} is corrupt; {again}") from None
-    path = folder / f"{split}.bin"
+    except ValueError as e:
+        raise ValueError(f"{e}; {again}") from None
+    if meta["tokenizer"] != "bytes" and "--tokenizer" not in again:
+        again += f" --tokenizer={meta['tokenizer']}"
+    path, n_bytes = folder / f"{split}.bin", meta[split]["tokens"] * dtype.itemsize
     size = path.stat().st_size if path.is_file() else 0
     if size != n_bytes:
         raise ValueError(f"{path} is truncated: {size:,} bytes where meta.json says {n_bytes:,}; {again}")
     tokens = np.memmap(path, dtype, mode="r")
-    if size <= 2**30 and hashlib.sha256(tokens).hexdigest() != sha256:
+    if size <= 2**30 and hashlib.sha256(tokens).hexdigest() != meta[split]["sha256"]:
         raise ValueError(f"{path} is corrupt: its checksum is not the one in meta.json; {again}")
     return tokens, meta
 
@@ -177,28 +188,6 @@ def download_shakespeare() -> bytes:
     return text
 
 
-@contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """
-    A new folder for the with block to fill. After the block it takes the place of `folder`. If the block fails or is
-    interrupted, the new folder is removed and `folder` is as before.
-    """
-    new, old = (folder.with_name(f"{folder.name}.{kind}-{os.getpid()}") for kind in ("tmp", "old"))
-    shutil.rmtree(new, ignore_errors=True)  # containers give every run the same id, and a crashed run may have left it
-    new.mkdir(parents=True)
-    try:
-        yield new
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-        new.rename(folder)
-    finally:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        for leftover in (new, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
 def text_size(files: list[tuple[Path, bool]], data_dir: Path) -> int:
     """The bytes of text in files, about: .parquet is compressed. Raises OSError if data_dir has no room for them."""
     size = sum(path.stat().st_size * (4 if path.suffix.lower() == ".parquet" else 1) for path, _ in files)
@@ -223,12 +212,12 @@ def read_documents(path: Path) -> Iterator[Iterable[bytes]]:
                 if not line.strip():
                     continue
                 try:
-                    text = json.loads(line)["text"].encode("utf-8", "replace")  # half a surrogate pair becomes ?
-                except (ValueError, KeyError, TypeError, AttributeError):
+                    text = parse_json(line, "it", {"text": str})["text"]
+                except ValueError:
                     raise ValueError(
                         f'{path}, line {number}: expected a JSON object such as {{"text": "..."}}'
                     ) from None
-                yield [text]
+                yield [text.encode("utf-8", "replace")]  # half a surrogate pair becomes ?
     elif suffix == ".parquet":
         import pyarrow.parquet
 
@@ -244,6 +233,7 @@ def read_documents(path: Path) -> Iterator[Iterable[bytes]]:
         with open(path, "rb") as f:
 
             def blocks():
+                f.seek(len(codecs.BOM_UTF8) if f.read(3) == codecs.BOM_UTF8 else 0)
                 while block := f.read(2**20):
                     decoder.decode(block)  # raises UnicodeDecodeError
                     yield block
@@ -260,7 +250,7 @@ def read_all(files: list[tuple[Path, bool]], path: Path, size: int) -> tuple[np.
     Bytes behind the last document belong to none. Raises ValueError if a file that the user named cannot be read.
     """
     ends, keys, seen, n_duplicates, n_skipped = array("q", [0]), array("Q"), set(), 0, 0
-    with open(path, "wb") as f, tqdm.tqdm(total=size, desc="reading", unit="B", unit_scale=True) as bar:
+    with open(path, "wb") as f, tqdm.tqdm(total=size, desc="reading", unit="B", unit_scale=True, disable=None) as bar:
         for source, named in files:
             try:
                 for blocks in read_documents(source):
@@ -359,7 +349,7 @@ def write_tokens(
     with (
         ThreadPoolExecutor(n_threads) as pool,
         open(path, "wb") as f,
-        tqdm.tqdm(total=n_bytes, desc=path.name, unit="B", unit_scale=True) as bar,
+        tqdm.tqdm(total=n_bytes, desc=path.name, unit="B", unit_scale=True, disable=None) as bar,
     ):
         while batch := list(islice(jobs, 8 * n_threads)):  # a few at a time, so that memory is bounded
             for job, tokens in zip(batch, pool.map(encode, batch), strict=True):  # in order
@@ -368,6 +358,21 @@ def write_tokens(
                 n_tokens += len(tokens)
                 bar.update(sum(int(stop - start) for start, stop, _ in job))
     return {"tokens": n_tokens, "bytes": n_bytes, "documents": len(spans), "sha256": sha256.hexdigest()}
+
+
+def writing(folder: Path) -> AbstractContextManager[None]:
+    """A lock on a data set. Raises ValueError if another process writes it."""
+    return locked(folder.with_name(f".{folder.name}.lock"), f"another prepare.py is writing {folder}: wait for it")
+
+
+def clean_up(data_dir: Path) -> None:
+    """Remove what killed runs left, and put back a data set that one was about to replace."""
+    for name in sorted({path.name[:-4] for kind in ("new", "old") for path in data_dir.glob(f"*~{kind}")}):
+        with suppress(ValueError), writing(data_dir / name):
+            recover(data_dir / name, "~")
+            print(f"removed what a run that was killed left of {data_dir / name}")
+    for leftover in data_dir.glob("*.tmp-[0-9]*"):
+        print(f"{leftover} may have been left by a run that was killed: remove it if nothing writes there")
 
 
 def prepare(
@@ -383,10 +388,11 @@ def prepare(
     It appears there complete, or not at all. Raises ValueError or OSError with one line that says what to change.
     """
     data_dir = Path(data_dir)
+    clean_up(data_dir)
     folder = check_arguments(sources, name, tokenizer, data_dir, site_packages, overwrite)
     files, n_hidden = find_files([s for s in sources if s != "shakespeare"], site_packages, data_dir.resolve())
     shakespeare = download_shakespeare() if "shakespeare" in sources else None
-    with replacing(folder) as new:
+    with writing(folder), replacing(folder, "~") as new:
         if shakespeare:
             (new / "shakespeare.txt").write_bytes(shakespeare)
             files.append((new / "shakespeare.txt", True))
@@ -406,6 +412,8 @@ def prepare(
             if site_packages:
                 labels["python"] += " and installed packages"
             meta["source"] = [labels.get(source, source) for source in sources]
+            if tokenizer.startswith("bpe:"):
+                meta["tokenizer_sha256"] = hashlib.sha256((new / "tokenizer.tiktoken").read_bytes()).hexdigest()
             for split in ("train", "val"):
                 meta[split] = write_tokens(text, spans[split], encoding, DTYPES[dtype], new / f"{split}.bin")
         meta["duplicates"] = n_duplicates
@@ -420,30 +428,24 @@ def prepare(
     return folder
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser("prepare.py", __doc__)
     parser.add_argument("sources", nargs="+", help="python, shakespeare, or files and folders")
     parser.add_argument("--name", help="the data set's folder; files and folders need one")
-    parser.add_argument("--tokenizer", default="bytes", help="bytes (default), bpe:N, or a name that tiktoken knows")
-    parser.add_argument("--data_dir", default="data", help="where data sets live (default: data)")
+    parser.add_argument("--tokenizer", default="bytes", help="bytes, bpe:N, or a name that tiktoken knows [bytes]")
+    parser.add_argument("--data_dir", default="data", help="where data sets live [data]")
     parser.add_argument(
         "--site-packages", "--site_packages", action="store_true", help="with python: installed packages too"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the data set if it exists")
-    parser.error = lambda message: parser.exit(2, f"prepare.py: {message}; see python prepare.py --help\n")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill cleans up as Ctrl-C does
     try:
         prepare(**vars(args))
-    except (ValueError, OSError) as error:
-        sys.exit(f"prepare.py: {error}")
     except KeyboardInterrupt:
-        print("prepare.py: interrupted, nothing was written", file=sys.stderr)
-        sys.exit(130)
+        raise KeyboardInterrupt("nothing was written") from None
 
 
 if __name__ == "__main__":
-    main()
+    run("prepare.py", main)

@@ -8,11 +8,16 @@ Generate text from a checkpoint or released weights: python sample.py [--flag=va
     python sample.py --init_from=nvidia/Hymba-1.5B-Base --prompt="The capital of France"
     python sample.py --init_from=nvidia/Hymba-1.5B-Instruct --chat
 
---init_from takes a folder or the name of a model on huggingface.co. A chat ends with an empty line or Ctrl-D; Ctrl-C
-stops an answer. Released weights need a few packages more: pip install tokenizers huggingface_hub jinja2
+--init_from takes a run's folder (its best checkpoint, or else its last), a checkpoint, or the name of a model on
+huggingface.co. A chat ends with an empty line or Ctrl-D; Ctrl-C stops an answer. Released
+weights need a few packages more: pip install tokenizers huggingface_hub jinja2
 """
 
-import argparse
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported ends without a traceback
+
 import json
 import sys
 from collections.abc import Callable
@@ -23,6 +28,7 @@ import torch
 import checkpoint
 import ops
 from engine import Engine, check_sampling
+from flags import Parser, run
 from tokenizer import ReleasedTokenizer, Tokenizer, chat_template, detokenizer, stops, tokenizer_of
 
 
@@ -126,18 +132,18 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("sample.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser("sample.py", __doc__)
     parser.add_argument("--init_from", help="folder, or name on huggingface.co [the newest under out/]")
     parser.add_argument("--prompt", default="", help="text to continue [none: a new text]")
     parser.add_argument("--chat", action="store_true", help="talk to an instruction-tuned model")
-    parser.add_argument("--n_samples", type=int, default=1)
+    parser.add_argument("--n_samples", type=int, default=1, help="how many texts, one after the other [1]")
     parser.add_argument("--file", type=Path, help="continue each line of a text file, and write JSON lines")
     parser.add_argument("--batch_size", type=int, default=64, help="--file: prompts at a time [64]")
-    parser.add_argument("--max_new_tokens", type=int, default=500)
+    parser.add_argument("--max_new_tokens", type=int, default=500, help="of each text, or answer [500]")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token [0.8]")
     parser.add_argument("--top_k", type=int, help="draw from the k likeliest tokens [all]")
     parser.add_argument("--top_p", type=float, help="draw from the likeliest that reach probability p [all]")
-    parser.add_argument("--seed", type=int, default=1337)
+    parser.add_argument("--seed", type=int, default=1337, help="the same seed draws the same text [1337]")
     parser.add_argument("--device", help="cuda, mps or cpu [the best there is]")
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16"], help="of the weights [bfloat16 on cuda, else the checkpoint's]"
@@ -149,23 +155,24 @@ def main(argv: list[str]) -> None:
     check_sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p)  # before the model is loaded
     if args.n_samples < 1:
         raise ValueError(f"n_samples={args.n_samples}: must be 1 or more")
+    if not 0 <= args.seed < 2**62:
+        raise ValueError(f"seed={args.seed}: must be 0 or more, and less than 2**62")
     if args.file:
         try:
-            prompts = [line for line in args.file.read_text(encoding="utf-8-sig").split("\n") if line]
+            prompts = args.file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
         except UnicodeDecodeError as e:
             raise ValueError(f"{args.file} is not UTF-8 text: {e}") from None
-        if not prompts:
+        if not args.file.stat().st_size:
             raise ValueError(f"{args.file} is empty: write one prompt a line")
         if args.batch_size < 1 or args.prompt or args.n_samples > 1 or args.chat:
             raise ValueError("--file goes with a --batch_size of 1 or more, without --prompt, --n_samples and --chat")
     if args.chat and (args.prompt or args.n_samples > 1):
         raise ValueError("--chat goes without --prompt and --n_samples: it asks for what to answer")
-    runs = sorted(Path("out").glob("*/*/model.safetensors"), key=lambda f: f.stat().st_mtime)
+    runs = sorted(Path("out").glob("*/*/config.json"), key=lambda f: f.stat().st_mtime)
     if not args.init_from and not runs:
         raise ValueError("no checkpoint under out/: run python train.py first, or pass --init_from=FOLDER")
-    newest = runs and [f.parent for f in runs if f.parts[:2] == runs[-1].parts[:2]]  # of the newest run
     device = pick_device(args.device)
-    name = args.init_from or min(newest)  # best before last
+    name = args.init_from or runs[-1].parents[1]  # of the newest run
     folder = checkpoint.pretrained_folder(name, weights=False)
     tokenizer = tokenizer_of(folder)
     render = chat_template(folder) if args.chat else None
@@ -185,11 +192,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    for terminal in (sys.stdin, sys.stdout):  # a character that it cannot show is a ?
-        terminal.reconfigure(errors="replace")
-    try:
-        main(sys.argv[1:])
-    except (ValueError, OSError) as e:
-        sys.exit(f"sample.py: {e}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run("sample.py", main, "--batch_size or --max_new_tokens")

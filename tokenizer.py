@@ -6,13 +6,16 @@ A tokenizer is a tiktoken.Encoding or a ReleasedTokenizer. Both have `encode_ord
 """
 
 import base64
-import json
+import hashlib
+import importlib.util
 import re
 from collections.abc import Callable, Iterable
-from datetime import datetime
 from pathlib import Path
 
 import tiktoken
+
+import template
+from files import brief, check_keys, read_json
 
 EOT = "<|endoftext|>"
 # How GPT-4 splits text before merging bytes: contractions, words with the sign before them, up to three digits,
@@ -35,10 +38,11 @@ def bpe_size(spec: str) -> int:
     return int(size)
 
 
-def load_tokenizer(spec: str, folder: Path | str) -> tiktoken.Encoding:
+def load_tokenizer(spec: str, folder: Path | str, sha256: str | None = None) -> tiktoken.Encoding:
     """
     The tokenizer of a data set. `spec` is "tokenizer" in meta.json: "bytes", "bpe:N" or a name that tiktoken knows.
-    `folder` holds tokenizer.tiktoken if `spec` is bpe:N. The token `eot_token` ends each document.
+    `folder` holds tokenizer.tiktoken if `spec` is bpe:N; its checksum must be `sha256` if that is given. The token
+    `eot_token` ends each document.
 
     Raises ValueError (bad spec, corrupt file), FileNotFoundError (no such file) or ConnectionError (cannot download).
     """
@@ -50,11 +54,13 @@ def load_tokenizer(spec: str, folder: Path | str) -> tiktoken.Encoding:
         if not path.is_file():
             raise FileNotFoundError(f"no {path}, which the tokenizer {spec!r} needs: prepare the data set again")
         try:
-            lines = [line.split() for line in path.read_bytes().splitlines()]
+            text = path.read_bytes()
+            lines = [line.split() for line in text.splitlines()]
             ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
         except ValueError:
             ranks = {}
-        if len(ranks) != n_vocab - 1 or sorted(ranks.values()) != list(range(n_vocab - 1)):
+        whole = len(ranks) == n_vocab - 1 and sorted(ranks.values()) == list(range(n_vocab - 1))
+        if not whole or (sha256 and hashlib.sha256(text).hexdigest() != sha256):
             raise ValueError(f"{path} is corrupt, it should rank {n_vocab - 1} tokens: prepare the data set again")
         return tiktoken.Encoding(spec, pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={EOT: n_vocab - 1})
     names = tiktoken.list_encoding_names()
@@ -104,14 +110,6 @@ def train_bpe(texts: Iterable[str], spec: str, folder: Path) -> None:
 # Tokenizers of released models
 
 
-def read_json(file: Path) -> dict:
-    """The settings in a JSON file, empty if there is no such file. Raises ValueError if it is corrupt."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError as e:
-        raise ValueError(f"{file} is corrupt: {e}") from None
-
-
 class ReleasedTokenizer:
     """A released model's tokenizer.json, under the names of tiktoken.Encoding as far as this repository uses them.
 
@@ -127,19 +125,26 @@ class ReleasedTokenizer:
             import tokenizers
         except ImportError:
             raise ValueError(f"{folder} needs a package that is missing: pip install tokenizers") from None
+        file = folder / "tokenizer.json"
         try:
-            self.tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as e:  # the package raises no narrower class
-            raise ValueError(f"{folder / 'tokenizer.json'} is corrupt: {e}") from None
-        self.tokenizer.no_truncation()  # some files were saved with the limits of their training
+            self.tokenizer = tokenizers.Tokenizer.from_file(str(file))
+            self.tokenizer.no_truncation()  # some files were saved with the limits of their training
+            self.tokenizer.no_padding()
+            self.tokenizer.decode(self.tokenizer.encode("Hello").ids)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as e:  # the package raises no narrower class, and panics of Rust are none of Exception's
+            raise ValueError(f"{file} is corrupt: {e}") from None
         self.n_vocab = self.tokenizer.get_vocab_size()
-        configs = [read_json(folder / f"{name}.json") for name in ("tokenizer_config", "generation_config", "config")]
-        eos = configs[0].get("eos_token")
-        ends = [self.tokenizer.token_to_id(eos["content"] if isinstance(eos, dict) else eos or "")]
-        for config in configs[1:]:
-            ids = config.get("eos_token_id")
-            ends += ids if isinstance(ids, list) else [ids]
+        eos = special_tokens(folder).get("eos_token", "")
+        ends = [self.tokenizer.token_to_id(eos)]
+        for name in ("generation_config", "config"):
+            if (file := folder / f"{name}.json").is_file():
+                ids = read_json(file, may={"eos_token_id": int | list}).get("eos_token_id")
+                ends += ids if isinstance(ids, list) else [ids]
         ends = [token for token in ends if token is not None]
+        if bad := [token for token in ends if type(token) is not int or not 0 <= token < 2**31]:
+            raise ValueError(f"{folder}: eos_token_id={brief(bad[0])} is no token")
         if not ends:
             raise ValueError(f"{folder} says nowhere which token ends a text: its config.json needs an eos_token_id")
         self.eot_token, self.stops = ends[0], set(ends)
@@ -165,8 +170,11 @@ def tokenizer_of(folder: Path) -> Tokenizer:
 
     Raises what load_tokenizer and ReleasedTokenizer raise.
     """
-    spec = read_json(folder / "config.json").get("tokenizer")
-    return load_tokenizer(spec, folder) if spec else ReleasedTokenizer(folder)
+    file = folder / "config.json"
+    config = read_json(file, may={"tokenizer": str, "tokenizer_sha256": str}) if file.is_file() else {}
+    if not config.get("tokenizer"):
+        return ReleasedTokenizer(folder)
+    return load_tokenizer(config["tokenizer"], folder, config.get("tokenizer_sha256"))
 
 
 def stops(tokenizer: Tokenizer) -> set[int]:
@@ -205,38 +213,45 @@ def detokenizer(tokenizer: Tokenizer, before: list[int]) -> Callable[[int], str]
 # Chat templates
 
 
+def special_tokens(folder: Path) -> dict[str, str]:
+    """bos_token, eos_token and the like, as far as tokenizer_config.json has them."""
+    tokens, file = {}, folder / "tokenizer_config.json"
+    may = dict.fromkeys(["bos_token", "eos_token", "unk_token", "pad_token"], str | dict)
+    config = read_json(file, may=may) if file.is_file() else {}
+    for name in may:
+        token = config.get(name) or ""
+        if isinstance(token, dict):
+            check_keys(token, f"{file}: {name!r}", {"content": str})
+        tokens[name] = token["content"] if isinstance(token, dict) else token
+    return tokens
+
+
 def chat_template(folder: Path) -> Callable[[list[dict]], str]:
     """A released model's chat template: a function from messages ({"role", "content"}) to the text the model continues.
 
     Raises ValueError if there is none, if it refuses the messages, or, with the line to install, without jinja2.
     """
-    config, file = read_json(folder / "tokenizer_config.json"), folder / "chat_template.jinja"
-    source = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
+    config, file = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    source = read_json(config, may={"chat_template": str | list}).get("chat_template") if config.is_file() else None
+    if file.is_file():
+        try:
+            source = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as e:
+            raise ValueError(f"{file} is corrupt: {e}") from None
     if isinstance(source, list):  # several templates, each with a name
-        source = {template["name"]: template["template"] for template in source}.get("default")
+        for entry in source:
+            check_keys(entry, f"{config}: 'chat_template'", {"name": str, "template": str})
+        source = {entry["name"]: entry["template"] for entry in source}.get("default")
     if not source:
         raise ValueError(f"{folder} has no chat template, so it was not trained to chat: use --prompt")
-    try:
-        import jinja2
-        from jinja2.sandbox import ImmutableSandboxedEnvironment  # templates are downloaded code
-    except ImportError:
-        raise ValueError("--chat needs a package that is missing: pip install jinja2") from None
-
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(  # with the settings of transformers
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals |= {"raise_exception": raise_exception, "strftime_now": datetime.now().strftime}
-    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        token = config.get(name) or ""
-        environment.globals[name] = token["content"] if isinstance(token, dict) else token
+    if not importlib.util.find_spec("jinja2"):
+        raise ValueError("--chat needs a package that is missing: pip install jinja2")
+    tokens = special_tokens(folder)
 
     def render(messages: list[dict]) -> str:
         try:
-            return environment.from_string(source).render(messages=messages, add_generation_prompt=True)
-        except jinja2.TemplateError as e:
+            return template.render(source, tokens, messages)
+        except ValueError as e:
             raise ValueError(f"the chat template of {folder}: {e}") from None
 
     render([{"role": "user", "content": "Hello"}])  # a broken template fails here, before the model is loaded

@@ -12,16 +12,21 @@ and of model.HymbaConfig. Everything random is a function of (seed, step), so th
 an uninterrupted one would have done. Ctrl-C and SIGTERM save a checkpoint and exit with 0.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported ends without a traceback
+
+import hashlib
 import json
 import math
 import os
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -36,9 +41,10 @@ import cost
 import ops
 import prepare
 import sample
-from flags import TrainConfig, parse
+from files import brief, locked, memory, parse_json, recover
+from flags import TrainConfig, parse, run
 from model import Hymba, HymbaConfig
-from tokenizer import load_tokenizer
+from tokenizer import Tokenizer, load_tokenizer
 
 
 def learning_rate(cfg: TrainConfig, step: int) -> float:
@@ -61,7 +67,7 @@ def parse_stages(cfg: TrainConfig, block_size: int) -> list[tuple[int, int]]:
         lengths, steps = zip(*stages, strict=True)
     except ValueError:
         raise ValueError(f"length_stages='{cfg.length_stages}': write length:steps,length:steps") from None
-    if sum(steps) != cfg.max_steps:
+    if min(steps) < 1 or sum(steps) != cfg.max_steps:
         raise ValueError(f"length_stages='{cfg.length_stages}' is {sum(steps)} steps, but max_steps={cfg.max_steps}")
     per_step = cfg.batch_size * cfg.grad_accum * lengths[0]
     for length in lengths:
@@ -128,10 +134,9 @@ class Data:
     train: list[np.ndarray]
     val: np.ndarray
     meta: dict
-
-    @property
-    def tokenizer_file(self) -> Path:
-        return self.folder / "tokenizer.tiktoken"
+    checksums: dict[str, str]  # of all of them
+    tokenizer: Tokenizer | None  # None if nothing needs it
+    tokenizer_file: bytes | None  # tokenizer.tiktoken of the data set, which goes into every checkpoint
 
 
 @dataclass
@@ -151,11 +156,16 @@ class Run:
 
     def __post_init__(self):
         self.out = Path(self.cfg.out_dir)
-        self.metrics = self.out / "metrics.jsonl"
+        if self.cfg.overwrite and not self.cfg.resume and (self.out / "last").exists():
+            self.out /= "new"  # until the first checkpoint; see take_over
         on_gpu = self.device.type == "cuda"
         self.compiled = torch.compile(self.model) if self.cfg.compile and on_gpu else self.model
         if self.world > 1:
             self.compiled = DistributedDataParallel(self.compiled, device_ids=[self.device.index] if on_gpu else None)
+
+    @property
+    def metrics(self) -> Path:
+        return self.out / "metrics.jsonl"
 
     def loss(self, windows: np.ndarray) -> Tensor:
         """Mean loss of windows (n, T + 1) of tokens, in bfloat16 on a GPU."""
@@ -177,6 +187,8 @@ def start_process(cfg: TrainConfig) -> tuple[torch.device, int, int]:
     device = sample.pick_device(cfg.device)
     if device.type == "cuda" and world > 1:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"more processes than GPUs: --nproc_per_node must be {torch.cuda.device_count()} or less")
         torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -186,21 +198,34 @@ def start_process(cfg: TrainConfig) -> tuple[torch.device, int, int]:
 
 
 def open_data(cfg: TrainConfig, rank: int, world: int) -> Data:
-    """The data sets of a run. The data set "python" is prepared if it is not there."""
+    """The data sets of a run, and their tokenizer. The data set "python" is prepared if it is not there."""
     folder = Path(cfg.data_dir) / cfg.dataset
     if cfg.dataset == "python" and not folder.exists() and rank == 0:
         prepare.prepare(["python"], data_dir=cfg.data_dir)
     if world > 1:
         dist.barrier()
-    (train, meta), (val, _) = (prepare.open_split(folder, split) for split in ("train", "val"))
-    data = Data(folder, [train], val, meta)
+    (train, meta), (val, _) = (prepare.open_split(folder, split, cfg.data_command) for split in ("train", "val"))
+    spec, file = meta["tokenizer"], folder / "tokenizer.tiktoken"
+    local = spec == "bytes" or spec.startswith("bpe:")  # others are downloads, which a run without a sample can spare
+    tokenizer = load_tokenizer(spec, folder, meta.get("tokenizer_sha256")) if local or cfg.sample_tokens else None
+    if tokenizer and (tokenizer.n_vocab, tokenizer.eot_token) != (meta["vocab_size"], meta["eot"]):
+        raise ValueError(
+            f"{folder / 'meta.json'} is corrupt: its vocabulary is not that of the tokenizer {brief(spec)}"
+        )
+    file = file.read_bytes() if file.is_file() else None
+    checksums = {split: meta[split]["sha256"] for split in ("train", "val")}
+    if cfg.sample_tokens:
+        tokenizer.encode_ordinary(cfg.prompt)
+    data = Data(folder, [train], val, meta, checksums, tokenizer, file)
     if cfg.anneal_dataset:
-        second, second_meta = prepare.open_split(Path(cfg.data_dir) / cfg.anneal_dataset, "train")
-        files = [Path(cfg.data_dir) / name / data.tokenizer_file.name for name in (cfg.dataset, cfg.anneal_dataset)]
-        ranks = [f.read_bytes() if f.is_file() else b"" for f in files]
-        if meta["tokenizer"] != second_meta["tokenizer"] or ranks[0] != ranks[1]:
+        other = Path(cfg.data_dir) / cfg.anneal_dataset
+        second, second_meta = prepare.open_split(other, "train")
+        second_file = other / "tokenizer.tiktoken"
+        second_file = second_file.read_bytes() if second_file.is_file() else None
+        if spec != second_meta["tokenizer"] or file != second_file:
             raise ValueError(f"{cfg.dataset} and {cfg.anneal_dataset} have different tokenizers: prepare both alike")
         data.train.append(second)
+        checksums["anneal"] = second_meta["train"]["sha256"]
     return data
 
 
@@ -221,60 +246,144 @@ def configure(cfg: TrainConfig, model_args: dict, data: Data) -> tuple[HymbaConf
     return config, stages
 
 
-def start(cfg: TrainConfig, model_args: dict, data: Data, device: torch.device, rank: int, world: int) -> Run:
-    """A run at its first step, or with --resume at the step of its last checkpoint."""
-    config, stages = configure(cfg, model_args, data)
+def check_room(cfg: TrainConfig, config: HymbaConfig, device: torch.device) -> None:
+    """Raise ValueError if the model cannot fit into the memory, or its checkpoints onto the disk."""
+    with torch.device("meta"):
+        n = Hymba(config).num_params()
+    tokens = cfg.batch_size * config.block_size
+    need = 16 * n + 4 * tokens * config.n_embd * config.n_layer  # weight, gradient and two moments; a block's output
+    if need > (there := memory(device)):
+        message = f"{n:,} parameters and {tokens:,} tokens at a time need {need / 1e9:,.0f} GB, but there are "
+        raise ValueError(f"{message}{there / 1e9:,.0f} GB: lower n_layer, n_embd, n_hidden, vocab_size or batch_size")
+    there = next(folder for folder in [Path(cfg.out_dir), *Path(cfg.out_dir).absolute().parents] if folder.exists())
+    need = 32 * n  # last (weights and two moments) and best, each twice while it is replaced
+    if (free := shutil.disk_usage(there).free) < need:
+        raise ValueError(f"{there} has {free / 1e6:.0f} MB free, but checkpoints need {need / 1e6:.0f} MB")
+
+
+@contextmanager
+def run_folder(cfg: TrainConfig, rank: int, world: int) -> Iterator[None]:
+    """Hold out_dir for the with block. Raises ValueError if it holds a run that is neither continued nor replaced, if
+    there is no run to continue, or if another process trains there."""
     out = Path(cfg.out_dir)
-    last = out / "last"
-    if (last.exists() or (out / "last.old").exists()) and not cfg.resume and not cfg.overwrite:
+    there = any((out / name).exists() for name in ("last", "last.old", "new/last"))
+    if there and not cfg.resume and not cfg.overwrite:
         raise ValueError(
             f"{out} holds a run: --resume continues it, --overwrite replaces it, or pass another --out_dir"
         )
-    out.mkdir(parents=True, exist_ok=True)
+    if cfg.resume and not there:
+        raise ValueError(f"nothing to resume: {out / 'last'} holds no checkpoint; leave --resume out to start one")
+    busy = f"another train.py is training in {out}: wait for it, or pass another --out_dir"
+    with locked(out / "lock", busy) if rank == 0 else nullcontext():
+        if rank == 0:
+            take_over(out)
+            recover(out / "last")
+            shutil.rmtree(out / "new", ignore_errors=True)  # left by a run that replaced another, and got nowhere
+        if world > 1:
+            dist.barrier()
+        yield
+
+
+def take_over(out: Path) -> None:
+    """Put the run in out/new into the place of the one in out, if it has a checkpoint. Wherever a crash stops this, the
+    next call goes on: out/last goes last of the old run, and new/last comes last of the new one."""
+    new = out / "new"
+    if not (new / "last").exists():
+        return
+    names = ("best", "metrics.jsonl", "last")
+    if (out / "last").exists():
+        (out / "metrics.jsonl").unlink(missing_ok=True)
+        (out / "loss.png").unlink(missing_ok=True)
+        for name in ("best", "last.old", "last"):
+            shutil.rmtree(out / name, ignore_errors=True)
+    for name in names:
+        if (new / name).exists():
+            (new / name).rename(out / name)
+    shutil.rmtree(new)
+
+
+def start(
+    cfg: TrainConfig, config: HymbaConfig, stages: list[tuple[int, int]], data: Data,
+    device: torch.device, rank: int, world: int,
+) -> Run:  # fmt: skip
+    """A run at its first step, or with --resume at the step of its last checkpoint."""
     torch.manual_seed(cfg.seed)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     model = Hymba(config).to(device)
-    need = 32 * model.num_params()  # last (weights and two moments) and best, each twice while it is replaced
-    if (free := shutil.disk_usage(out).free) < need:
-        raise ValueError(f"{out} has {free / 1e6:.0f} MB free, but checkpoints need {need / 1e6:.0f} MB")
     run = Run(cfg, data, model, optimizer_for(model, cfg), stages, device, rank, world)
     threads = resume(run) if cfg.resume else 0
     if device.type == "cpu" and world == 1:
         torch.set_num_threads(cfg.threads or threads or faster_threads(run))
     if rank == 0:
-        for name in ("last", "best") if cfg.overwrite and not cfg.resume else ():
-            shutil.rmtree(out / name, ignore_errors=True)
-        lines = run.metrics.read_text().splitlines(keepends=True) if cfg.resume and run.metrics.exists() else []
-        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= run.step]  # whole lines
-        run.metrics.with_suffix(".new").write_text("".join(kept))
+        run.metrics.parent.mkdir(parents=True, exist_ok=True)
+        run.metrics.with_suffix(".new").write_text("".join(metrics_so_far(run)))
         run.metrics.with_suffix(".new").replace(run.metrics)
-        size = f"{model.num_params():,} parameters, {cost.flops_per_token(model) / 1e6:,.0f} MFLOP a token"
+        size = f"{model.num_params():,} parameters, {cost.flops_per_token(model) / 1e6:,.3g} MFLOP a token"
         where = f"{device} x {world}" if world > 1 else f"{device}"
         print(f"{config.pattern}: {size}, {len(data.train[0]):,} training tokens, on {where}", flush=True)
     return run
 
 
-# Flags that may differ from the checkpoint's without a word
-QUIET = {"resume", "overwrite", "out_dir", "data_dir", "device", "kernels", "threads", "prompt", "sample_tokens"}
-QUIET |= {"max_steps"}
+def metrics_so_far(run: Run) -> list[str]:
+    """The lines of metrics.jsonl up to the step from which a run goes on; none of a new run."""
+    lines = run.metrics.read_text(errors="replace").splitlines(keepends=True) if run.metrics.exists() else []
+    kept = []
+    for number, line in enumerate(lines if run.cfg.resume else [], 1):
+        if not line.endswith("\n"):  # the last one, as a crash left it
+            break
+        step = parse_json(line, f"{run.metrics}, line {number} (remove it, or the file)", {"step": int})["step"]
+        kept += [line] * (step <= run.step)
+    return kept
+
+
+# Flags that may differ from the checkpoint's: they do not change what is computed
+QUIET = {"resume", "overwrite", "out_dir", "data_dir", "dataset", "data_command", "device", "kernels", "threads"}
+QUIET |= {"prompt", "sample_tokens", "log_interval"}
+LATER = {"max_steps", "eval_interval"}  # change the steps to come
 
 
 def resume(run: Run) -> int:
     """Load out_dir/last into a run. Returns the threads it ran on, 0 if unknown: others would round differently.
 
-    Raises ValueError if there is nothing to resume.
+    Raises ValueError if there is nothing to resume, or if the run would not go on exactly as it would have without a
+    stop, and resume is not "anyway".
     """
     cfg, last = run.cfg, run.out / "last"
-    tokenizer = run.data.meta["tokenizer"], run.data.tokenizer_file
-    extra = checkpoint.load_training(last, run.model, run.optimizer, *tokenizer)
-    run.step, run.best = extra["step"], extra["best_val_loss"] or math.inf
+    there, here = checkpoint.read_training(last), recorded(run)
+    if there["tokenizer"] != here["tokenizer"] or there.get("tokenizer_sha256") != here.get("tokenizer_sha256"):
+        raise ValueError(
+            f"{last} was trained with another tokenizer ({brief(there['tokenizer'])}) than this data set's"
+        )
+    checkpoint.load_training(last, run.model, run.optimizer)
+    run.step, run.best = there["step"], math.inf if there.get("best_val_loss") is None else there["best_val_loss"]
     if run.step >= cfg.max_steps:
         raise ValueError(f"{last} is at step {run.step} of {cfg.max_steps}: raise --max_steps to go on")
-    changed = [k for k, v in asdict(cfg).items() if extra["train"].get(k) != v and k not in QUIET]
-    if changed and run.rank == 0:
-        print(f"going on with other values of {', '.join(changed)} than {last} was trained with")
-    return extra.get("threads", 0)
+
+    theirs = asdict(TrainConfig()) | there["train"]
+    if unknown := sorted(theirs.keys() - {f.name for f in fields(TrainConfig)}):
+        raise ValueError(f"{last / 'config.json'}: another version wrote it: unknown keys {brief(unknown)}")
+    pairs = [(k, theirs[k], v) for k, v in here["train"].items() if k not in QUIET]
+    pairs += [(k, there.get(k), here[k]) for k in ("processes", "device")]
+    pairs += [(f"the {k} data", (there.get("data") or {}).get(k), v) for k, v in here["data"].items()]
+    if not cfg.length_stages:
+        pairs.append(("block_size", checkpoint.read_config(last)[2].block_size, run.model.config.block_size))
+    differ = [(k, a, b) for k, a, b in pairs if a is not None and a != b]
+    changes = ", ".join(f"{k} is {brief(b)} and was {brief(a)}" for k, a, b in differ)
+    if [k for k, _, _ in differ if k not in LATER] and cfg.resume != "anyway":
+        raise ValueError(f"{last} would not go on exactly: {changes}; put it back, or --resume=anyway")
+    if changes and run.rank == 0:
+        print(f"going on from {last} with other values: {changes}")
+    return there.get("threads") or 0
+
+
+def recorded(run: Run) -> dict:
+    """What config.json of a checkpoint says of its run, as far as the result depends on it."""
+    train = {k: v for k, v in asdict(run.cfg).items() if k not in ("kernels", "threads", "resume", "overwrite")}
+    extra = {"train": train, "tokenizer": run.data.meta["tokenizer"], "data": run.data.checksums}
+    if run.data.tokenizer_file is not None:
+        extra["tokenizer_sha256"] = hashlib.sha256(run.data.tokenizer_file).hexdigest()
+    return extra | {"processes": run.world, "device": run.device.type}
 
 
 def faster_threads(run: Run) -> int:
@@ -344,11 +453,13 @@ def save(run: Run, name: str) -> None:
     """Write the checkpoint out_dir/name; "last" with the optimizer's state."""
     if run.rank:
         return
-    train = {k: v for k, v in asdict(run.cfg).items() if k not in ("kernels", "threads")}
-    extra = {"step": run.step, "best_val_loss": run.best if run.best < math.inf else None, "train": train}
-    extra |= {"tokenizer": run.data.meta["tokenizer"], "threads": torch.get_num_threads()}
+    best = run.best if run.best < math.inf else None
+    extra = {"step": run.step, "best_val_loss": best, "threads": torch.get_num_threads()} | recorded(run)
     optimizer = run.optimizer if name == "last" else None
     checkpoint.save_training(run.out / name, run.model, optimizer, extra, run.data.tokenizer_file)
+    if name == "last" and run.out.name == "new":
+        take_over(run.out.parent)
+        run.out = run.out.parent
 
 
 def write_metrics(run: Run, *lines: dict) -> None:
@@ -378,11 +489,18 @@ def read_steps(run: Run, pending: list[Tensor], n_stop: int) -> tuple[list[float
 
 
 @contextmanager
-def signals() -> Iterator[list[int]]:
-    """A list of the SIGINTs and SIGTERMs that came. A second one acts at once."""
+def signals(world: int) -> Iterator[list[int]]:
+    """A list of the SIGINTs and SIGTERMs that came. A second one acts at once, but not where torchrun passes on what
+    the terminal has sent already."""
     received, before = [], {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number, frame):
+        received.append(number)
+        if world == 1:
+            signal.signal(number, before[number])
+
     for s in before:
-        signal.signal(s, lambda number, frame: (received.append(number), signal.signal(number, before[number])))
+        signal.signal(s, note)
     try:
         yield received
     finally:
@@ -439,26 +557,23 @@ def train(run: Run, received: list[int]) -> bool:
 def main(argv: list[str]) -> None:
     cfg, model_args = parse(argv, __doc__)
     device, rank, world = start_process(cfg)
-    run = start(cfg, model_args, open_data(cfg, rank, world), device, rank, world)
-    with signals() as received:
-        finished = train(run, received)
-    if rank == 0 and finished:
-        plot_loss(run.metrics, run.out / "loss.png")
-        if cfg.prompt:
-            tokenizer = load_tokenizer(run.data.meta["tokenizer"], run.data.folder)
-            sample.stream(sample.Engine(run.model), tokenizer, cfg.prompt, cfg.sample_tokens)
-    elif rank == 0:
-        print(f"stopped after step {run.step}: --resume continues from {run.out / 'last'}")
+    data = open_data(cfg, rank, world)
+    config, stages = configure(cfg, model_args, data)
+    check_room(cfg, config, device)
+    with run_folder(cfg, rank, world):
+        run = start(cfg, config, stages, data, device, rank, world)
+        with signals(world) as received:
+            finished = train(run, received)
+        if rank == 0 and finished:
+            plot_loss(run.metrics, run.out / "loss.png")
+            if cfg.sample_tokens:
+                sample.stream(sample.Engine(run.model), data.tokenizer, cfg.prompt, cfg.sample_tokens)
+        elif rank == 0:
+            print(f"stopped after step {run.step}: --resume continues from {run.out / 'last'}")
     if world > 1:
         dist.barrier()  # gloo may hang when one process leaves while another still talks
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character of the sample shows ?
-    try:
-        main(sys.argv[1:])
-    except (ValueError, FloatingPointError, OSError) as e:
-        sys.exit(f"train.py: {e}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run("train.py", main, "--batch_size (and raise --grad_accum), --block_size, or --n_embd")

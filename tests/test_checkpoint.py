@@ -15,6 +15,7 @@ from released import HYMBA_JSON, LLAMA_JSON, MAMBA_JSON, RELEASED, released_shap
 from safetensors.torch import load_file, save_file
 
 import checkpoint
+import files
 import train
 from conftest import dense_attention, error, scan_loop, small, tokens
 from engine import Engine
@@ -69,11 +70,11 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     model(tokens(1, 5), tokens(1, 5)).backward()
     optimizer.step()
     folder = tmp_path / "last"
-    checkpoint.save_training(folder, model, optimizer, {"step": 1}, Path("none"))
+    checkpoint.save_training(folder, model, optimizer, {"step": 1}, None)
     before = sorted((f.name, f.read_bytes()) for f in folder.iterdir())
 
     full = OSError(28, "No space left on device")
-    as_safetensors_says_it = checkpoint.SafetensorError("I/O error: No space left on device")
+    as_safetensors_says_it = files.SafetensorError("I/O error: No space left on device")
     for name, reason in itertools.product(("model", "optimizer"), (full, as_safetensors_says_it)):
 
         def write(tensors, file, metadata=None, name=name, reason=reason):
@@ -81,17 +82,18 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch):
                 raise reason
             save_file(tensors, file, metadata)
 
-        monkeypatch.setattr(checkpoint, "save_file", write)
+        monkeypatch.setattr(files, "save_file", write)
         with pytest.raises(OSError, match="No space left"):
-            checkpoint.save_training(folder, model, optimizer, {"step": 2}, Path("none"))
+            checkpoint.save_training(folder, model, optimizer, {"step": 2}, None)
     assert [f.name for f in tmp_path.iterdir()] == ["last"]
     assert sorted((f.name, f.read_bytes()) for f in folder.iterdir()) == before
     folder.rename(tmp_path / "last.old")  # as if it stopped between the two renames
     folder = tmp_path / "last"
-    config = json.loads((tmp_path / "last.old/config.json").read_text()) | {"tokenizer": "bytes"}
+    config = json.loads((tmp_path / "last.old/config.json").read_text()) | {"tokenizer": "bytes", "train": {}}
     del config["model"]["tied"]  # a flag younger than the checkpoint
     (tmp_path / "last.old/config.json").write_text(json.dumps(config))
-    assert checkpoint.load_training(folder, model, optimizer, "bytes", Path("none"))["step"] == 1
+    assert checkpoint.read_training(folder)["step"] == 1
+    checkpoint.load_training(folder, model, optimizer)
 
 
 def test_checkpoints_of_an_older_version_load():
@@ -283,7 +285,7 @@ def test_released_tensors_that_do_not_fit(kind, tensors, message, shards, tmp_pa
         ("hymba", {"kv_reuse_group": [[1, 2], [4, 5]]}, r"kv_reuse_group=\[\[1, 2\], \[4, 5\]\] .* only .* \[4, 5, 6"),
         ("hymba", {"rope_type": "yarn"}, "rope_type='yarn' is not supported, only 'ntk'"),
         ("hymba", {"mlp_hidden_act": "relu2"}, "mlp_hidden_act='relu2' is not supported, only 'silu'"),
-        ("hymba", {"sliding_window": None}, "sliding_window=None is not supported, only a number"),
+        ("hymba", {"sliding_window": None}, "sliding_window=None must be int"),
         ("hymba", {"rope": False}, "rope=False is not supported, only True"),
         ("hymba", {"memory_tokens_interspersed_every": 512}, "memory_tokens_interspersed_every=512 is not .*, only 0"),
         ("hymba", {"max_position_embeddings": 15}, "'ntk' with max_position_embeddings=15 is not .*ddings=16 or more"),
@@ -310,7 +312,7 @@ def test_released_configs_that_cannot_be_computed(kind, changes, message, tmp_pa
     assert "\n" not in str(e.value)
     for key in ("hidden_size", "num_hidden_layers"):
         (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in RELEASED[kind].items() if k != key}))
-        with pytest.raises(ValueError, match=f"config.json describes no model: KeyError: '{key}'"):
+        with pytest.raises(ValueError, match=f"config.json has no '{key}'"):
             Hymba.from_pretrained(tmp_path)
 
 
@@ -344,7 +346,7 @@ def test_released_files_missing_or_corrupt(tmp_path):
         Hymba.from_pretrained(tmp_path)
     for text in (b"{", b"[]", b"null", b"3", b"\xff"):
         (tmp_path / "config.json").write_bytes(text)
-        with pytest.raises(ValueError, match="config.json describes no model"):
+        with pytest.raises(ValueError, match="config.json is"):
             Hymba.from_pretrained(tmp_path)
     (tmp_path / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match="it has no config.json"):
@@ -356,7 +358,7 @@ def test_corrupt_index_of_shards(text, tmp_path):
     small("M").save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(ValueError, match="model.safetensors.index.json is corrupt"):
+    with pytest.raises(ValueError, match="model.safetensors.index.json"):
         Hymba.from_pretrained(tmp_path)
 
 
@@ -394,7 +396,7 @@ def test_a_crash_in_save_pretrained_leaves_the_old_files(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr(checkpoint, "save_file", full)
+        patch.setattr(files, "save_file", full)
         model.save_pretrained(tmp_path)
     assert contents(tmp_path) == before
     with torch.no_grad():
@@ -407,8 +409,13 @@ def test_a_crash_in_save_pretrained_leaves_the_old_files(tmp_path, monkeypatch):
 # Against transformers
 
 
-def transformers():
-    return pytest.importorskip("transformers", reason="pip install -r requirements-dev.txt")
+@pytest.fixture
+def tr(monkeypatch):
+    """The package transformers. It looks for a package called kernels, and must not find the file kernels.py."""
+    tr = pytest.importorskip("transformers", reason="pip install -r requirements-dev.txt")
+    for module in (tr.utils, tr.utils.import_utils):
+        monkeypatch.setattr(module, "is_kernels_available", lambda *args: False)
+    return tr
 
 
 def compare_with_transformers(theirs, folder: Path, **options) -> Hymba:
@@ -433,8 +440,7 @@ LLAMA3 |= dict(original_max_position_embeddings=16)
 
 @pytest.mark.parametrize("rope", [{"rope_type": "default"}, LLAMA3], ids=["plain", "llama3"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_against_llama(tied, rope, tmp_path):
-    tr = transformers()
+def test_against_llama(tied, rope, tmp_path, tr):
     c = tr.LlamaConfig(vocab_size=67, hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, rms_norm_eps=1e-5, tie_word_embeddings=tied,
         rope_parameters=rope | {"rope_theta": 500.0})  # fmt: skip
@@ -447,9 +453,8 @@ def test_against_llama(tied, rope, tmp_path):
     assert Hymba.from_pretrained(tmp_path).config == model.config
 
 
-def test_against_mamba(tmp_path):
+def test_against_mamba(tmp_path, tr):
     """A pure M model against MambaForCausalLM, whose slow path also checks the mixer and the scan."""
-    tr = transformers()
     mamba = tr.MambaForCausalLM(tr.MambaConfig(vocab_size=67, hidden_size=32, state_size=4, num_hidden_layers=3,
         conv_kernel=5, expand=2, time_step_rank=2, layer_norm_epsilon=1e-5, use_mambapy=False, use_cache=False,
     ))  # fmt: skip

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import tiktoken
 
+import files
 import prepare
 from tokenizer import EOT, SPLIT, load_tokenizer
 
@@ -442,7 +443,7 @@ def test_prepare_overwrite_and_failure_leave_whole_data_sets(tmp_path, monkeypat
     with monkeypatch.context() as patch, pytest.raises(OSError, match="denied"):
 
         def deny(path, target):
-            if ".tmp-" in path.name:
+            if path.name.endswith("~new"):
                 raise OSError("denied")
             return rename(path, target)
 
@@ -453,16 +454,24 @@ def test_prepare_overwrite_and_failure_leave_whole_data_sets(tmp_path, monkeypat
     assert read_back(folder, "train") == [b"c\n"] and list(folder.parent.iterdir()) == [folder]
 
 
-def test_prepare_clears_what_a_crash_left(tmp_path):
-    """A crash after both renames leaves an old data set, and containers give every run the same process id."""
+def test_prepare_clears_what_a_crash_left(tmp_path, capsys):
+    """What killed runs left is removed, of this data set and of others, but not what another process writes now. A data
+    set that was on its way out when the machine stopped is back."""
     source, data = write_documents(tmp_path / "in", ["a\nb\n"]), tmp_path / "data"
-    folder = prepare.prepare([source], "mine", data_dir=data)
-    for kind in ("tmp", "old"):
-        (data / f"mine.{kind}-{os.getpid()}").mkdir()
-        (data / f"mine.{kind}-{os.getpid()}" / "text").write_text("left")
+    folder, other = (prepare.prepare([source], name, data_dir=data) for name in ("mine", "other"))
     before = contents(folder)
-    prepare.prepare([source], "mine", data_dir=data, overwrite=True)
-    assert contents(folder) == before and list(data.iterdir()) == [folder]
+    other.rename(data / "other~old")
+    for name in ("mine~new", "mine~old", "other~new", "third~new", "busy~new", "fourth.tmp-123"):
+        (data / name).mkdir()
+        (data / name / "text").write_text("left")
+    with files.locked(data / ".busy.lock", ""):
+        prepare.prepare([source], "mine", data_dir=data, overwrite=True)
+        with pytest.raises(ValueError, match="another prepare.py is writing .*busy"):
+            prepare.prepare([source], "busy", data_dir=data)
+    assert contents(folder) == contents(other) == before
+    assert sorted(p.name for p in data.iterdir()) == ["busy~new", "fourth.tmp-123", "mine", "other"]
+    printed = capsys.readouterr().out
+    assert "removed what a run that was killed left of" in printed and "fourth.tmp-123 may have" in printed
 
 
 def test_prepare_open_split_checks(tmp_path, monkeypatch):
@@ -506,7 +515,7 @@ def test_prepare_open_split_checks(tmp_path, monkeypatch):
         prepare.open_split(folder, "train")
     for broken in ("", "{", "[]", "null", "{}", json.dumps(meta | {"dtype": "int8"}), json.dumps(meta | {"train": {}})):
         (folder / "meta.json").write_text(broken)
-        with pytest.raises(ValueError, match="meta.json is corrupt; rebuild it with: python prepare.py FILES"):
+        with pytest.raises(ValueError, match="meta.json.*; rebuild it with: python prepare.py FILES"):
             prepare.open_split(folder, "train")
     (folder / "meta.json").unlink()
     with pytest.raises(ValueError, match="mine has no meta.json; rebuild it with: python prepare.py"):
@@ -552,7 +561,7 @@ def test_prepare_killed_leaves_nothing(tmp_path):
     args = [sys.executable, str(ROOT / "prepare.py"), "in", "--name=mine"]
     process = subprocess.Popen(args, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 30
-    while not list(tmp_path.glob("data/mine.tmp-*/text")) and process.poll() is None and time.time() < deadline:
+    while not list(tmp_path.glob("data/mine~new/text")) and process.poll() is None and time.time() < deadline:
         time.sleep(0.001)
     process.send_signal(signal.SIGTERM)
     stderr = process.communicate(timeout=30)[1]

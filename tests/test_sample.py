@@ -53,8 +53,8 @@ def test_sample_file(tmp_path, capsys):
     model = Hymba(HymbaConfig(**(SMALL | dict(pattern="hM", vocab_size=320))))
     model.save_pretrained(tmp_path / "model", tokenizer="bytes")
     file = tmp_path / "prompts.txt"
-    prompts = ["one", "a longer prompt", "two \u00e9", "form\x0cfeed", "\u2028five"]
-    file.write_text("\n".join(prompts) + "\n\n", encoding="utf-8")
+    prompts = ["one", "a longer prompt", "", "two \u00e9", "form\x0cfeed", "\u2028five", ""]
+    file.write_text("\n".join(prompts) + "\n", encoding="utf-8")
     flags = [f"--init_from={tmp_path / 'model'}", "--device=cpu", "--max_new_tokens=12", f"--file={file}"]
     outputs = []
     for size in (1, 2, 64):
@@ -63,7 +63,7 @@ def test_sample_file(tmp_path, capsys):
     rows = [json.loads(line) for line in outputs[0].splitlines()]
     assert [row["prompt"] for row in rows] == prompts and outputs[0] == outputs[1] == outputs[2]
     assert len({row["text"] for row in rows}) > 1 and set(rows[0]) == {"prompt", "text"}
-    file.write_text("\n")
+    file.write_text("")
     (tmp_path / "latin.txt").write_bytes(b"\xe9")
     for bad, kind, message in [
         ([], ValueError, "prompts.txt is empty: write one prompt a line"),

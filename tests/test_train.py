@@ -59,7 +59,7 @@ def test_resume_errors_and_other_flags(corpus, tmp_path, capsys):
     shutil.copytree(corpus / "data", tmp_path / "data")
     meta_file = tmp_path / "data/words/meta.json"
     meta_file.write_text(meta_file.read_text().replace('"bytes",', '"cl100k_base",', 1))
-    with pytest.raises(ValueError, match=r"was trained with another tokenizer \(bytes\)"):
+    with pytest.raises(ValueError, match=r"was trained with another tokenizer \('bytes'\)"):
         train_here(corpus, *run, "--resume", "--max_steps=30", f"--data_dir={tmp_path / 'data'}")
     with (tmp_path / "metrics.jsonl").open("a") as f:
         f.write('{"step": 13, "lo')  # as a crash leaves it
@@ -67,9 +67,13 @@ def test_resume_errors_and_other_flags(corpus, tmp_path, capsys):
     config["best_val_loss"] = 1e-3  # never to be reached again
     (tmp_path / "last/config.json").write_text(json.dumps(config))
     capsys.readouterr()
-    train_here(corpus, *run, "--resume", "--max_steps=17", "--grad_clip=0.1")
+    with pytest.raises(
+        ValueError, match="would not go on exactly: max_steps is 17 and was 16, grad_clip is 0.1 and was"
+    ):
+        train_here(corpus, *run, "--resume", "--max_steps=17", "--grad_clip=0.1")
+    train_here(corpus, *run, "--resume=anyway", "--max_steps=17", "--grad_clip=0.1")
     assert json.loads((tmp_path / "best/config.json").read_text()) == saved  # so the best one stays
-    assert "other values of grad_clip than" in capsys.readouterr().out
+    assert "with other values: max_steps is 17 and was 16, grad_clip is 0.1 and was 1.0" in capsys.readouterr().out
     assert sorted(losses(tmp_path)) == list(range(1, 18))
     weights = (tmp_path / "last/model.safetensors").read_bytes()
     (tmp_path / "last/model.safetensors").write_bytes(weights[:1000])
@@ -166,7 +170,7 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(corpus, tmp_path):
         (["--btach_size=3"], "unknown flag 'btach_size': did you mean batch_size?"),
         (["--batch_size=three"], "batch_size='three': must be int"),
         (["--learning_rate=fast"], "learning_rate='fast': must be float"),
-        (["--resume=maybe"], "resume='maybe': must be bool"),
+        (["--resume=maybe"], "resume='maybe': write --resume or --resume=anyway"),
         (["config/nothing.py"], "no config file config/nothing.py"),
         (["--pattern=HxH"], "unknown letter 'x'"),
         (["--n_head=4", "--n_kv_head=3"], "n_head=4 is not a multiple of n_kv_head=3"),
@@ -212,7 +216,7 @@ def test_config_file_and_command_line(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text('"""doc"""\nn_layer = 4\nlearning_rate = 1\nbatch_size = 3\n')
     cfg, args = train.parse([str(file), "--batch_size=5", "--pattern=HhhhHhhhH", "--resume"])
-    assert (cfg.learning_rate, cfg.batch_size, cfg.out_dir, cfg.resume) == (1.0, 5, "out/mine", True)
+    assert (cfg.learning_rate, cfg.batch_size, cfg.out_dir, cfg.resume) == (1.0, 5, "out/mine", "True")
     assert HymbaConfig(**args).pattern == "HhhhHhhhH"  # a pattern on the command line replaces the file's n_layer
     assert HymbaConfig(**train.parse([str(file)])[1]).pattern == "HHhH"
     file.write_text("n_layers = 4\n")
