@@ -33,8 +33,8 @@ class TrainConfig:
     out_dir: str = ""  # checkpoints and metrics; empty: out/ and the config file's name
     resume: str = ""  # go on from out_dir/last, to the bit; --resume=anyway: although the result will be another
     overwrite: bool = False  # start anew although out_dir holds a run, which is kept until the first checkpoint
-    data_dir: str = "data"
-    dataset: str = "python"
+    data_dir: str = "data"  # where data sets live
+    dataset: str = "python"  # its folder there
     data_command: str = ""  # what makes the data set, for the error if it is not there
     # Data and schedule
     anneal_dataset: str = ""  # data annealing: this data set is mixed in while the rate decays (Hymba, Sec. 2.5)
@@ -42,17 +42,17 @@ class TrainConfig:
     length_stages: str = ""  # length curriculum, "2048:9000,8192:1000": block_size:steps, tokens per step constant
     batch_size: int = 8  # sequences of block_size in one forward pass of one process
     grad_accum: int = 1  # such passes before each optimizer step
-    max_steps: int = 1000
+    max_steps: int = 1000  # of the optimizer
     schedule: str = "wsd"  # warmup-stable-decay, or cosine
-    warmup_steps: int = 100
+    warmup_steps: int = 100  # linearly up to learning_rate
     decay_steps: int = 200  # of wsd: the last ones, linearly down to min_lr
-    seed: int = 1337
+    seed: int = 1337  # of the first weights and of every batch
     # Optimizer
-    learning_rate: float = 1e-3
-    min_lr: float = 1e-5
+    learning_rate: float = 1e-3  # its largest value
+    min_lr: float = 1e-5  # at the end
     weight_decay: float = 0.1  # of the matrices of linear layers
-    beta1: float = 0.9
-    beta2: float = 0.95
+    beta1: float = 0.9  # of AdamW
+    beta2: float = 0.95  # of AdamW
     grad_clip: float = 1.0  # largest norm of the gradient; 0: any
     # Evaluation
     eval_interval: int = 250  # steps between evaluations, each followed by a checkpoint
@@ -92,7 +92,7 @@ SWITCHES = {f.name for f in FLAGS.values() if f.type is bool} | {"resume"}  # --
 def parse(argv: list[str], description: str = "") -> tuple[TrainConfig, dict]:
     """Flags from a config file and the command line: the training configuration and the HymbaConfig arguments.
 
-    Raises UsageError for arguments that are not understood, ValueError for a config file or a value that is wrong.
+    Raises UsageError for arguments that are not understood, ValueError for a config file or values that are wrong.
     """
     file, given = Path(__file__).parent / "config" / "tiny.py", {}
     rest, argv = [], list(argv)
@@ -137,7 +137,9 @@ def parse(argv: list[str], description: str = "") -> tuple[TrainConfig, dict]:
     values["out_dir"] = values.get("out_dir") or f"out/{file.stem}"
     names = {f.name for f in fields(TrainConfig)}
     train = TrainConfig(**{k: v for k, v in values.items() if k in names})
-    return train, {k: v for k, v in values.items() if k not in names}
+    model_args = {k: v for k, v in values.items() if k not in names}
+    HymbaConfig(**model_args)  # whatever the data's vocabulary is, this must be possible
+    return train, model_args
 
 
 def from_text(name: str, text: str) -> int | float | str | bool:

@@ -86,16 +86,16 @@ class HymbaConfig:
     Raises ValueError for sizes that do not fit together, saying what to change.
     """
 
-    vocab_size: int = 32001
+    vocab_size: int = 32001  # train.py: the data set's, rounded up to a multiple of 64
     block_size: int = 2048  # training tokens, meta tokens not counted
     n_layer: int = 0  # 0: as many as the pattern has letters, or 24
-    n_embd: int = 512
-    n_head: int = 8
+    n_embd: int = 512  # width of the model
+    n_head: int = 8  # query heads
     n_kv_head: int = 4  # grouped queries: n_head / n_kv_head query heads read each key/value head
     n_hidden: int = 1664  # of the SwiGLU feed-forward; 0 leaves it out, as pure Mamba does
-    d_state: int = 16
-    d_conv: int = 4
-    expand: int = 2
+    d_state: int = 16  # numbers in the SSM's state for each inner channel
+    d_conv: int = 4  # taps of the convolution before the SSM
+    expand: int = 2  # inner channels of SSM heads for each channel of the model
     dt_rank: int = 0  # dt is made through a bottleneck this wide; 0: ceil(n_embd / 16)
     n_meta: int = 128
     window: int = 1024  # tokens a windowed query sees, itself included, meta tokens not counted
@@ -103,12 +103,12 @@ class HymbaConfig:
     kv_share: bool = True  # neighbouring windowed blocks share keys and values
     fusion: str = "mean"  # how hybrid heads meet: mean (Hymba), diff (attention - SSM) or concat
     ssm_norm: bool = False  # RMSNorm on dt, B, C in M blocks, too; hybrid blocks always have it
-    rope_base: float = 10000.0
+    rope_base: float = 10000.0  # of RoPE's wavelengths
     rope_orig: int = 0  # length the model was first trained on; a larger block_size stretches RoPE by NTK. 0: never
     rope_factor: float = 0.0  # 0: NTK; else Llama 3's stretch at any block_size: slow waves are slowed by this factor
     rope_low: float = 1.0  # slow: fewer periods than this in rope_orig tokens, slowed in full
     rope_high: float = 4.0  # fast: more periods than this, left alone; in between, a blend
-    norm_eps: float = 1e-6
+    norm_eps: float = 1e-6  # added to the mean square in every norm
     tied: bool = True  # the embedding is the output layer, too
 
     def __post_init__(self):

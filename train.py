@@ -17,7 +17,6 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported ends without a traceback
 
-import hashlib
 import json
 import math
 import os
@@ -26,7 +25,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -41,9 +40,10 @@ import cost
 import ops
 import prepare
 import sample
-from files import brief, locked, memory, parse_json, recover
+from files import brief, memory
 from flags import TrainConfig, parse, run
 from model import Hymba, HymbaConfig
+from run_folder import check_folder, metrics_so_far, recorded, resume, run_folder, take_over
 from tokenizer import Tokenizer, load_tokenizer
 
 
@@ -261,47 +261,6 @@ def check_room(cfg: TrainConfig, config: HymbaConfig, device: torch.device) -> N
         raise ValueError(f"{there} has {free / 1e6:.0f} MB free, but checkpoints need {need / 1e6:.0f} MB")
 
 
-@contextmanager
-def run_folder(cfg: TrainConfig, rank: int, world: int) -> Iterator[None]:
-    """Hold out_dir for the with block. Raises ValueError if it holds a run that is neither continued nor replaced, if
-    there is no run to continue, or if another process trains there."""
-    out = Path(cfg.out_dir)
-    there = any((out / name).exists() for name in ("last", "last.old", "new/last"))
-    if there and not cfg.resume and not cfg.overwrite:
-        raise ValueError(
-            f"{out} holds a run: --resume continues it, --overwrite replaces it, or pass another --out_dir"
-        )
-    if cfg.resume and not there:
-        raise ValueError(f"nothing to resume: {out / 'last'} holds no checkpoint; leave --resume out to start one")
-    busy = f"another train.py is training in {out}: wait for it, or pass another --out_dir"
-    with locked(out / "lock", busy) if rank == 0 else nullcontext():
-        if rank == 0:
-            take_over(out)
-            recover(out / "last")
-            shutil.rmtree(out / "new", ignore_errors=True)  # left by a run that replaced another, and got nowhere
-        if world > 1:
-            dist.barrier()
-        yield
-
-
-def take_over(out: Path) -> None:
-    """Put the run in out/new into the place of the one in out, if it has a checkpoint. Wherever a crash stops this, the
-    next call goes on: out/last goes last of the old run, and new/last comes last of the new one."""
-    new = out / "new"
-    if not (new / "last").exists():
-        return
-    names = ("best", "metrics.jsonl", "last")
-    if (out / "last").exists():
-        (out / "metrics.jsonl").unlink(missing_ok=True)
-        (out / "loss.png").unlink(missing_ok=True)
-        for name in ("best", "last.old", "last"):
-            shutil.rmtree(out / name, ignore_errors=True)
-    for name in names:
-        if (new / name).exists():
-            (new / name).rename(out / name)
-    shutil.rmtree(new)
-
-
 def start(
     cfg: TrainConfig, config: HymbaConfig, stages: list[tuple[int, int]], data: Data,
     device: torch.device, rank: int, world: int,
@@ -323,67 +282,6 @@ def start(
         where = f"{device} x {world}" if world > 1 else f"{device}"
         print(f"{config.pattern}: {size}, {len(data.train[0]):,} training tokens, on {where}", flush=True)
     return run
-
-
-def metrics_so_far(run: Run) -> list[str]:
-    """The lines of metrics.jsonl up to the step from which a run goes on; none of a new run."""
-    lines = run.metrics.read_text(errors="replace").splitlines(keepends=True) if run.metrics.exists() else []
-    kept = []
-    for number, line in enumerate(lines if run.cfg.resume else [], 1):
-        if not line.endswith("\n"):  # the last one, as a crash left it
-            break
-        step = parse_json(line, f"{run.metrics}, line {number} (remove it, or the file)", {"step": int})["step"]
-        kept += [line] * (step <= run.step)
-    return kept
-
-
-# Flags that may differ from the checkpoint's: they do not change what is computed
-QUIET = {"resume", "overwrite", "out_dir", "data_dir", "dataset", "data_command", "device", "kernels", "threads"}
-QUIET |= {"prompt", "sample_tokens", "log_interval"}
-LATER = {"max_steps", "eval_interval"}  # change the steps to come
-
-
-def resume(run: Run) -> int:
-    """Load out_dir/last into a run. Returns the threads it ran on, 0 if unknown: others would round differently.
-
-    Raises ValueError if there is nothing to resume, or if the run would not go on exactly as it would have without a
-    stop, and resume is not "anyway".
-    """
-    cfg, last = run.cfg, run.out / "last"
-    there, here = checkpoint.read_training(last), recorded(run)
-    if there["tokenizer"] != here["tokenizer"] or there.get("tokenizer_sha256") != here.get("tokenizer_sha256"):
-        raise ValueError(
-            f"{last} was trained with another tokenizer ({brief(there['tokenizer'])}) than this data set's"
-        )
-    checkpoint.load_training(last, run.model, run.optimizer)
-    run.step, run.best = there["step"], math.inf if there.get("best_val_loss") is None else there["best_val_loss"]
-    if run.step >= cfg.max_steps:
-        raise ValueError(f"{last} is at step {run.step} of {cfg.max_steps}: raise --max_steps to go on")
-
-    theirs = asdict(TrainConfig()) | there["train"]
-    if unknown := sorted(theirs.keys() - {f.name for f in fields(TrainConfig)}):
-        raise ValueError(f"{last / 'config.json'}: another version wrote it: unknown keys {brief(unknown)}")
-    pairs = [(k, theirs[k], v) for k, v in here["train"].items() if k not in QUIET]
-    pairs += [(k, there.get(k), here[k]) for k in ("processes", "device")]
-    pairs += [(f"the {k} data", (there.get("data") or {}).get(k), v) for k, v in here["data"].items()]
-    if not cfg.length_stages:
-        pairs.append(("block_size", checkpoint.read_config(last)[2].block_size, run.model.config.block_size))
-    differ = [(k, a, b) for k, a, b in pairs if a is not None and a != b]
-    changes = ", ".join(f"{k} is {brief(b)} and was {brief(a)}" for k, a, b in differ)
-    if [k for k, _, _ in differ if k not in LATER] and cfg.resume != "anyway":
-        raise ValueError(f"{last} would not go on exactly: {changes}; put it back, or --resume=anyway")
-    if changes and run.rank == 0:
-        print(f"going on from {last} with other values: {changes}")
-    return there.get("threads") or 0
-
-
-def recorded(run: Run) -> dict:
-    """What config.json of a checkpoint says of its run, as far as the result depends on it."""
-    train = {k: v for k, v in asdict(run.cfg).items() if k not in ("kernels", "threads", "resume", "overwrite")}
-    extra = {"train": train, "tokenizer": run.data.meta["tokenizer"], "data": run.data.checksums}
-    if run.data.tokenizer_file is not None:
-        extra["tokenizer_sha256"] = hashlib.sha256(run.data.tokenizer_file).hexdigest()
-    return extra | {"processes": run.world, "device": run.device.type}
 
 
 def faster_threads(run: Run) -> int:
@@ -556,6 +454,7 @@ def train(run: Run, received: list[int]) -> bool:
 
 def main(argv: list[str]) -> None:
     cfg, model_args = parse(argv, __doc__)
+    check_folder(cfg)
     device, rank, world = start_process(cfg)
     data = open_data(cfg, rank, world)
     config, stages = configure(cfg, model_args, data)

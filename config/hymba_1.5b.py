@@ -17,6 +17,7 @@ rope_orig = 2048
 length_stages = "2048:36000,8192:4000"
 
 dataset = "source"
+data_command = "python prepare.py python --site-packages --tokenizer=bpe:32000 --name=source"
 batch_size = 4
 grad_accum = 64
 max_steps = 40000

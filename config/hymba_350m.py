@@ -13,6 +13,7 @@ n_hidden = 2432
 block_size = 2048
 
 dataset = "source"
+data_command = "python prepare.py python --site-packages --tokenizer=bpe:32000 --name=source"
 batch_size = 8
 grad_accum = 16
 max_steps = 20000

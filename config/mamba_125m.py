@@ -12,6 +12,7 @@ n_meta = 0
 block_size = 2048
 
 dataset = "source"
+data_command = "python prepare.py python --site-packages --tokenizer=bpe:32000 --name=source"
 batch_size = 8
 grad_accum = 16
 max_steps = 10000

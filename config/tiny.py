@@ -25,3 +25,4 @@ decay_steps = 300
 learning_rate = 3e-3
 eval_interval = 200
 eval_windows = 256
+prompt = "def "
