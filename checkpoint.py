@@ -157,7 +157,7 @@ def released_config(c: dict) -> dict:
         if (rope_type := rope.get("rope_type", rope.get("type", "default"))) == "llama3":
             names = dict(rope_orig="original_max_position_embeddings", rope_factor="factor")
             names |= dict(rope_low="low_freq_factor", rope_high="high_freq_factor")
-            check_keys(rope, "its RoPE", {theirs: int | float for theirs in names.values()})
+            check_keys(rope, "its rope_scaling", {theirs: int | float for theirs in names.values()})
             common |= {ours: rope[theirs] for ours, theirs in names.items()}
         elif rope_type != "default":
             raise ValueError(f"rope_type={brief(rope_type)} is not supported, only 'default' and 'llama3'")
@@ -167,6 +167,7 @@ def released_config(c: dict) -> dict:
     ntk = c.get("rope_type") not in (None, "default")
     if ntk:
         only(c, rope_type="ntk")
+        check_keys(c, "it", {"orig_max_position_embeddings": int})
         if c["max_position_embeddings"] < c["orig_max_position_embeddings"]:  # the base would shrink
             raise ValueError(
                 f"rope_type='ntk' with max_position_embeddings={c['max_position_embeddings']} is not "
@@ -214,11 +215,7 @@ def pretrained_folder(name: str | Path, weights: bool = True) -> Path:
             raise ConnectionError(f"there is no folder {name}, nor a download from huggingface.co: {reason}") from None
     if (folder / "config.json").is_file():
         return folder
-    for part in (
-        "best",
-        "last",
-        "last.old",
-    ):  # of a run's folder; last.old is there if a crash came between two renames
+    for part in ("best", "last", "last.old", "new/last"):  # of a run; the latter two are where a crash leaves it
         if (folder / part / "config.json").is_file():
             return folder / part
     old = folder.with_name(folder.name + ".old")
@@ -233,7 +230,7 @@ def read_config(folder: Path) -> tuple[str | None, dict, HymbaConfig]:
     Raises ValueError, naming the file and the key.
     """
     file = folder / "config.json"
-    config = read_json(file)
+    config = read_json(file, may={"model_type": str})
     if "model" in config:
         check_keys(config, str(file), {"model": dict})
     elif (kind := config.get("model_type")) in FORMATS:
@@ -350,11 +347,12 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def misfits(tensors: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]]) -> list[str]:
-    """Each tensor that is missing, unexpected or of another shape, in words."""
+    """Tensors that are missing, unexpected or of another shape, in words."""
     wrong = [f"missing {name}" for name in shapes if name not in tensors]
     wrong += [f"unexpected {name}" for name in tensors if name not in shapes]
-    return wrong + [f"{name} of shape {tuple(t.shape)}, not {tuple(shapes[name])}" for name, t in tensors.items()
-                    if name in shapes and t.shape != shapes[name]]  # fmt: skip
+    wrong += [f"{name} of shape {tuple(t.shape)}, not {tuple(shapes[name])}" for name, t in tensors.items()
+              if name in shapes and t.shape != shapes[name]]  # fmt: skip
+    return wrong[:16] + [f"and {len(wrong) - 16} more"] * (len(wrong) > 16)
 
 
 def fill(

@@ -117,7 +117,7 @@ class HymbaConfig:
         check_fields(self, ranges | dict.fromkeys(["rope_factor", "rope_low", "rope_high"], (0, 1e12)))
         n = self.n_layer or len(self.pattern) or 24
         if n > 1000:
-            raise ValueError(f"{n} blocks are too many: give 1000 at most")
+            raise ValueError(f"a pattern of {n} blocks is too long: give 1000 at most")
         if self.pattern and len(self.pattern) != n:
             raise ValueError(f"pattern '{self.pattern}' has {len(self.pattern)} letters but n_layer={n}; leave one out")
         self.pattern = self.pattern or "".join("H" if i in {0, (n - 1) // 2, n - 1} else "h" for i in range(n))

@@ -78,7 +78,8 @@ def metrics_so_far(run: "Run") -> list[str]:
     for number, line in enumerate(lines if run.cfg.resume else [], 1):
         if not line.endswith("\n"):  # the last one, as a crash left it
             break
-        step = parse_json(line, f"{run.metrics}, line {number} (remove it, or the file)", {"step": int})["step"]
+        where = f"{run.metrics}, line {number} (remove it, or the file)"
+        step = parse_json(line, where, {"step": int}, {"loss": float, "val_loss": float})["step"]
         kept += [line] * (step <= run.step)
     return kept
 

@@ -134,7 +134,7 @@ class ReleasedTokenizer:
         except KeyboardInterrupt:
             raise
         except BaseException as e:  # the package raises no narrower class, and panics of Rust are none of Exception's
-            raise ValueError(f"{file} is corrupt: {e}") from None
+            raise ValueError(f"{file} is corrupt: {str(e)[:200]}") from None
         self.n_vocab = self.tokenizer.get_vocab_size()
         eos = special_tokens(folder).get("eos_token", "")
         ends = [self.tokenizer.token_to_id(eos)]
