@@ -97,7 +97,7 @@ class HymbaConfig:
     d_conv: int = 4  # taps of the convolution before the SSM
     expand: int = 2  # inner channels of SSM heads for each channel of the model
     dt_rank: int = 0  # dt is made through a bottleneck this wide; 0: ceil(n_embd / 16)
-    n_meta: int = 128
+    n_meta: int = 128  # learned tokens in front of every sequence
     window: int = 1024  # tokens a windowed query sees, itself included, meta tokens not counted
     pattern: str = ""  # empty: Hymba's, full attention in the first, middle and last block
     kv_share: bool = True  # neighbouring windowed blocks share keys and values

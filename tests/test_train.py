@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import signal
 import types
@@ -97,6 +98,114 @@ def test_resume_from_an_older_version(tmp_path):
     for key, steps in (("loss", [9, 10, 11, 12]), ("grad_norm", [9, 10, 11, 12]), ("val_loss", [12])):
         new, recorded = losses(tmp_path, key), losses(theirs, key)
         assert list(new) == steps and all(abs(new[k] / recorded[k] - 1) < 1e-5 for k in steps)
+
+
+def test_resume_continues_exactly_or_not_at_all(corpus, tmp_path, capsys):
+    """Each difference that matters is named: flags, the data, the number of processes. --resume=anyway goes on."""
+    out, other = tmp_path / "out", tmp_path / "data"
+    train_here(corpus, f"--out_dir={out}", "--max_steps=8")
+    shutil.copytree(corpus / "data", other)
+    shutil.rmtree(other / "words")
+    prepare.prepare([str(corpus / "other")], name="words", data_dir=other)
+    more = [f"--out_dir={out}", "--max_steps=9", "--resume"]
+    saved = json.loads((out / "last/config.json").read_text())
+    assert saved["processes"] == 1 and saved["device"] == "cpu" and saved["data"].keys() == {"train", "val"}
+    for flags, message in [
+        (["--learning_rate=0.5"], "learning_rate is 0.5 and was 0.003"),
+        (["--seed=1", "--batch_size=4"], "batch_size is 4 and was 2, seed is 1 and was 1337"),
+        (["--block_size=16"], "block_size is 16 and was 24"),
+        ([f"--data_dir={other}"], "the train data is '.*' and was '.*', the val data is"),
+    ]:
+        with pytest.raises(ValueError, match=f"last would not go on exactly: .*{message}.*or --resume=anyway"):
+            train_here(corpus, *more, *flags)
+    (out / "last/config.json").write_text(json.dumps(saved | {"processes": 4, "device": "cuda"}))
+    with pytest.raises(ValueError, match="processes is 1 and was 4, device is 'cpu' and was 'cuda'"):
+        train_here(corpus, *more)
+    (out / "last/config.json").write_text(json.dumps(saved | {"train": saved["train"] | {"dropout": 1}}))
+    with pytest.raises(ValueError, match=r"another version wrote it: unknown keys \['dropout'\]"):
+        train_here(corpus, *more)
+    (out / "last/config.json").write_text(json.dumps(saved))
+    capsys.readouterr()
+    train_here(
+        corpus, *more[:2], "--resume=anyway", "--seed=1", "--prompt=other", "--log_interval=1", "--kernels=False"
+    )
+    assert "with other values: max_steps is 9 and was 8, seed is 1 and was 1337\n" in capsys.readouterr().out
+
+
+def test_a_folder_that_another_process_trains_in(corpus, tmp_path):
+    out = tmp_path / "out"
+    process = run_train(corpus, f"--out_dir={out}", "--max_steps=100000", wait=False)
+    wait_for(lambda: (out / "lock").exists(), process)
+    with pytest.raises(ValueError, match="another train.py is training in .*out: wait for it, or pass another"):
+        train_here(corpus, f"--out_dir={out}", "--overwrite")
+    wait_for(lambda: (out / "last/config.json").exists(), process)
+    with pytest.raises(ValueError, match="another train.py is training"):
+        train_here(corpus, f"--out_dir={out}", "--resume", "--max_steps=100000")
+    process.kill()
+    process.communicate()
+    train_here(corpus, f"--out_dir={out}", "--overwrite")
+
+
+def test_overwriting_keeps_the_old_run_until_the_first_checkpoint(corpus, tmp_path, monkeypatch):
+    train_here(corpus, f"--out_dir={tmp_path}", "--max_steps=8")
+    before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
+    save, seen = train.save, []
+
+    def saving(run, name):
+        if not seen:
+            assert {f: f.read_bytes() for f in before} == before and run.step == 8
+        seen.append(name)
+        save(run, name)
+
+    monkeypatch.setattr(train, "save", saving)
+    train_here(corpus, f"--out_dir={tmp_path}", "--overwrite", "--seed=7")
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["best", "last", "loss.png", "metrics.jsonl"]
+    assert json.loads((tmp_path / "last/config.json").read_text())["train"]["seed"] == 7
+    assert sorted(losses(tmp_path)) == list(range(1, 25)) and seen[:2] == ["last", "best"]
+
+
+def test_what_the_end_needs_is_there_at_the_beginning(corpus, tmp_path, monkeypatch):
+    """The tokenizer, whole, before the first step; and every checkpoint has it, whatever becomes of the data set."""
+    pytest.importorskip("tokenizers", reason="pip install -r requirements-dev.txt")
+    data, file = tmp_path / "data", tmp_path / "data/words/tokenizer.tiktoken"
+    prepare.prepare([str(corpus / "words")], "words", "bpe:270", data_dir=data)
+    flags, whole = [f"--data_dir={data}", "--max_steps=2"], file.read_bytes()
+    first, second, *rest = whole.splitlines()
+    for broken in (None, whole[:-9], b"\n".join([first.split()[0] + b" 1", second.split()[0] + b" 0", *rest])):
+        file.unlink() if broken is None else file.write_bytes(broken)
+        with pytest.raises((ValueError, FileNotFoundError), match="tokenizer.tiktoken"):
+            train_here(corpus, f"--out_dir={tmp_path / 'x'}", *flags)
+        assert not (tmp_path / "x").exists()
+    file.write_bytes(whole)
+    step = train.train_step
+    monkeypatch.setattr(train, "train_step", lambda run, i: (file.unlink(missing_ok=True), step(run, i))[1])
+    train_here(corpus, f"--out_dir={tmp_path / 'x'}", *flags, "--sample_tokens=3", "--prompt=gamma")
+    for name in ("last", "best"):
+        assert (tmp_path / "x" / name / "tokenizer.tiktoken").read_bytes() == whole
+
+
+def test_config_names_the_command_of_its_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = "python prepare.py python --site-packages --tokenizer=bpe:32000 --name=source"
+    with pytest.raises(FileNotFoundError, match=f"no data set at data/source; prepare it with: {command}$"):
+        train.main([str(ROOT / "config/hymba_125m.py"), "--device=cpu"])
+    with pytest.raises(FileNotFoundError, match="prepare it with: python prepare.py FILES... --name=mine$"):
+        train.main([str(ROOT / "config/hymba_125m.py"), "--device=cpu", "--dataset=mine"])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other signals")
+def test_signals_under_torchrun(corpus, tmp_path):
+    """Ctrl-C in the terminal of torchrun reaches every process, and torchrun sends SIGTERM besides: one line, saved."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    out = tmp_path / "out"
+    process = run_train(corpus, f"--out_dir={out}", "--max_steps=100000", launcher=launcher, wait=False)
+    wait_for(lambda: (out / "last/config.json").exists(), process)
+    os.killpg(process.pid, signal.SIGINT)
+    stdout, _ = process.communicate(timeout=90)
+    step = json.loads((out / "last/config.json").read_text())["step"]
+    assert stdout.count(f"stopped after step {step}: --resume continues from") == 1 == stdout.count("stopped after")
+    code, _, err = run_train(corpus, f"--out_dir={out}", "--max_steps=100000", launcher=launcher)
+    assert code == 1 and err.count("train.py: ") == 1 and "holds a run: --resume continues it" in err
 
 
 def test_two_processes_equal_one_with_twice_the_batch(corpus, tmp_path):

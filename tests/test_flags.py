@@ -1,0 +1,134 @@
+"""Command lines: what is understood, what is said of the rest, and how scripts end."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+
+import pytest
+import torch
+from runs import ROOT
+
+import flags
+from model import HymbaConfig
+
+
+def script(name: str, *args: str, cwd=ROOT, **options) -> subprocess.CompletedProcess:
+    env = os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / name), *args]
+    return subprocess.run(command, cwd=cwd, env=env, text=True, timeout=60, **({"capture_output": True} | options))
+
+
+def test_flags_in_every_spelling(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("import math\nbatch_size = 2 * 2\nresume = True\ndata_command = 'make data'\nout_dir = ''\n")
+    cfg, _ = flags.parse([str(file)])
+    assert (cfg.batch_size, cfg.resume, cfg.data_command, cfg.out_dir) == (4, "True", "make data", "out/mine")
+    argv = ["--batch_size", "3", "--overwrite", str(file), "--resume", "False", "--compile=False", "--dataset=other"]
+    cfg, args = flags.parse([*argv, "--out_dir="])
+    assert (cfg.batch_size, cfg.overwrite, cfg.resume, cfg.compile) == (3, True, "", False)
+    assert cfg.data_command == "" and args == {} and cfg.out_dir == "out/mine"  # the command was for the file's data
+    assert flags.parse(["--resume", str(file)])[0].resume == "True"  # a switch takes no path for its value
+    assert flags.parse(["--resume=anyway"])[0].resume == "anyway"
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["batch_size=3"], "argument 'batch_size=3' is not understood: did you mean --batch_size=3?"),
+        (["-batch_size=3"], "argument '-batch_size=3' is not understood: did you mean --batch_size=3?"),
+        (["--bacth_size=3"], "unknown flag 'bacth_size': did you mean batch_size?"),
+        (["--batch_size"], "--batch_size needs a value: --batch_size=..."),
+        (["--batch_size", "--resume"], "--batch_size needs a value: --batch_size=..."),
+        (["config/tiny.py", "config/swa_125m.py"], "two config files, config/tiny.py and config/swa_125m.py: give one"),
+        (["--zzz"], "unknown flag 'zzz'; see python train.py --help"),
+    ],
+)  # fmt: skip
+def test_what_is_not_understood(argv, message):
+    with pytest.raises(flags.UsageError) as e:
+        flags.parse(argv)
+    assert str(e.value) == message
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("n_layer = 4\nbatch_size = (3\n", "line 2: '(' was never closed"),
+        ("import math\n\nimport no_such_package\n", "line 3: ModuleNotFoundError: No module named 'no_such_package'"),
+        ("def f():\n    return 1 / 0\nbatch_size = f()\n", "line 2: ZeroDivisionError: division by zero"),
+        ("batch_size = 3\nraise SystemExit('enough')\n", "line 2: SystemExit: enough"),
+        ("batch_sizes = 3\n", "unknown flag 'batch_sizes': did you mean batch_size?"),
+        ("batch_size = '3'\n", "batch_size='3': must be int"),
+    ],
+)
+def test_config_files_that_are_wrong(text, message, tmp_path):
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(ValueError) as e:
+        flags.parse([str(tmp_path / "mine.py")])
+    assert str(e.value).startswith(f"{tmp_path / 'mine.py'}") and str(e.value).endswith(message)
+
+
+def test_help_explains_every_flag():
+    """With the comment beside it and the config's own value."""
+    text = script("train.py", "config/hymba_125m.py", "--help").stdout
+    rows = dict(re.findall(r"^  --(\w+) \(\w+\) +(.*)$", text, re.M))
+    assert rows.keys() == {f.name for c in (flags.TrainConfig, HymbaConfig) for f in fields(c)}
+    assert rows["n_hidden"].endswith("0 leaves it out, as pure Mamba does [1664]") and rows["max_steps"].endswith(
+        "[10000]"
+    )
+    assert not [name for name, row in rows.items() if row.startswith("[")], "flags without a word"
+    assert [line for line in text.splitlines() if line.endswith(":") and line[:-1].istitle()][:1] == ["Files:"]
+    for name in ("sample.py", "prepare.py", "bench.py"):
+        assert script(name, "--help").returncode == 0
+
+
+@pytest.mark.parametrize("name", ["train.py", "sample.py", "prepare.py", "bench.py"])
+def test_usage_errors_have_one_style(name):
+    done = script(name, "--zzz")
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"{name}: ") and done.stderr.endswith(f"; see python {name} --help\n")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other signals")
+@pytest.mark.parametrize("name", ["train.py", "sample.py"])
+def test_ctrl_c_in_the_first_seconds(name):
+    for seconds in (0.1, 0.6, 1.2):
+        command = [sys.executable, str(ROOT / name), "--help"]
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        err = process.communicate(timeout=60)[1]
+        assert process.returncode in (0, 130, -signal.SIGINT), err
+        if seconds > 0.5:  # Python itself has started
+            assert "Traceback" not in err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there is no such shell")
+def test_closed_streams(tmp_path):
+    for closed in ("<&-", ">&-", "<&- >&- 2>&-"):
+        for name in ("sample.py", "train.py"):
+            command = f"{sys.executable} {ROOT / name} --help {closed}"
+            done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+            assert done.returncode == 0 and "Traceback" not in done.stderr
+    command = f"{sys.executable} {ROOT / 'train.py'} --help | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert done.stdout.count("\n") == 1 and done.stderr == ""
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")])  # fmt: skip
+def test_out_of_memory_says_what_to_lower(error, capfd, monkeypatch):
+    def main(argv):
+        raise error
+
+    for stream in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, stream, getattr(sys, f"__{stream}__"))
+    with pytest.raises(SystemExit) as e:
+        flags.run("train.py", main, "--batch_size")
+    assert e.value.code == 1 and "train.py: out of memory: lower --batch_size" in capfd.readouterr().err
+    error = RuntimeError("a mistake of ours")
+    with pytest.raises(RuntimeError, match="of ours"):
+        flags.run("train.py", main, "--batch_size")
