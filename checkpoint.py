@@ -194,14 +194,12 @@ def pretrained_folder(name: str | Path, weights: bool = True) -> Path:
     line to install if huggingface_hub is missing.
     """
     folder = Path(name).expanduser()
+    if not folder.is_dir() and Path(f"{folder}.old/config.json").is_file():  # where a crash left it
+        folder = Path(f"{folder}.old")
     if not folder.is_dir():
         owner_model = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name))
         if not owner_model or folder.parent.exists() or folder.parts[0] == "out":  # a path, by its looks
-            near = sorted(str(f.parent) for f in folder.parent.glob("*/*") if f.name in ("config.json", "best", "last"))
-            there = f"; there are {', '.join(dict.fromkeys(near[:9]))}" if near else ""
-            raise FileNotFoundError(
-                f"{name} is not a checkpoint: neither a folder nor owner/model on huggingface.co{there}"
-            )
+            raise FileNotFoundError(f"{name} is not a checkpoint: neither a folder nor owner/model on huggingface.co")
         try:
             from huggingface_hub import snapshot_download
         except ImportError:
@@ -218,9 +216,6 @@ def pretrained_folder(name: str | Path, weights: bool = True) -> Path:
     for part in ("best", "last", "last.old", "new/last"):  # of a run; the latter two are where a crash leaves it
         if (folder / part / "config.json").is_file():
             return folder / part
-    old = folder.with_name(folder.name + ".old")
-    if (old / "config.json").is_file():
-        return old
     raise FileNotFoundError(f"{folder} is not a checkpoint: it has no config.json")
 
 

@@ -34,7 +34,7 @@ def bpe_size(spec: str) -> int:
     """The N of the tokenizer "bpe:N": 256 bytes, N - 257 merges, the end-of-text token. Raises ValueError if bad."""
     size = spec.removeprefix("bpe:")
     if not re.fullmatch("[0-9]{1,9}", size) or int(size) < 257:
-        raise ValueError(f"tokenizer {spec!r}: N is the size of the vocabulary, at least 257; write bpe:16384")
+        raise ValueError(f"tokenizer {brief(spec)}: N is the size of the vocabulary, at least 257; write bpe:16384")
     return int(size)
 
 
@@ -65,7 +65,7 @@ def load_tokenizer(spec: str, folder: Path | str, sha256: str | None = None) -> 
         return tiktoken.Encoding(spec, pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={EOT: n_vocab - 1})
     names = tiktoken.list_encoding_names()
     if spec not in names:
-        raise ValueError(f"unknown tokenizer {spec!r}; use bytes, bpe:N (such as bpe:16384) or {', '.join(names)}")
+        raise ValueError(f"unknown tokenizer {brief(spec)}; use bytes, bpe:N (such as bpe:16384) or {', '.join(names)}")
     try:
         return tiktoken.get_encoding(spec)
     except (OSError, ValueError) as error:  # no network, or a download that is not the file that tiktoken expects
@@ -174,7 +174,10 @@ def tokenizer_of(folder: Path) -> Tokenizer:
     config = read_json(file, may={"tokenizer": str, "tokenizer_sha256": str}) if file.is_file() else {}
     if not config.get("tokenizer"):
         return ReleasedTokenizer(folder)
-    return load_tokenizer(config["tokenizer"], folder, config.get("tokenizer_sha256"))
+    try:
+        return load_tokenizer(config["tokenizer"], folder, config.get("tokenizer_sha256"))
+    except ValueError as e:
+        raise ValueError(f"{file}: {e}") from None
 
 
 def stops(tokenizer: Tokenizer) -> set[int]:

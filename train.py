@@ -207,7 +207,12 @@ def open_data(cfg: TrainConfig, rank: int, world: int) -> Data:
     (train, meta), (val, _) = (prepare.open_split(folder, split, cfg.data_command) for split in ("train", "val"))
     spec, file = meta["tokenizer"], folder / "tokenizer.tiktoken"
     local = spec == "bytes" or spec.startswith("bpe:")  # others are downloads, which a run without a sample can spare
-    tokenizer = load_tokenizer(spec, folder, meta.get("tokenizer_sha256")) if local or cfg.sample_tokens else None
+    try:
+        tokenizer = load_tokenizer(spec, folder, meta.get("tokenizer_sha256")) if local or cfg.sample_tokens else None
+    except ConnectionError as e:
+        raise ConnectionError(f"{e}; or train without a sample at the end: --sample_tokens=0") from None
+    except ValueError as e:
+        raise ValueError(f"{folder / 'meta.json'}: {e}") from None
     if tokenizer and (tokenizer.n_vocab, tokenizer.eot_token) != (meta["vocab_size"], meta["eot"]):
         raise ValueError(
             f"{folder / 'meta.json'} is corrupt: its vocabulary is not that of the tokenizer {brief(spec)}"

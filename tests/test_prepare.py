@@ -1,6 +1,7 @@
 """Data sets: what prepare.py writes, refuses and leaves behind, and what open_split accepts."""
 
 import base64
+import codecs
 import collections
 import hashlib
 import http.client
@@ -520,6 +521,23 @@ def test_prepare_open_split_checks(tmp_path, monkeypatch):
     (folder / "meta.json").unlink()
     with pytest.raises(ValueError, match="mine has no meta.json; rebuild it with: python prepare.py"):
         prepare.open_split(folder, "train")
+
+
+def test_prepare_drops_byte_order_marks(tmp_path):
+    """Windows editors put one at the beginning of a file; inside of a text it is a character like any other."""
+    mark, text = codecs.BOM_UTF8, b"a text\nof two lines \xef\xbb\xbf\n"
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.txt").write_bytes(mark + text)
+    (tmp_path / "in/b.jsonl").write_bytes(mark + b'{"text": "another\\ntext\\n"}\n')
+    (tmp_path / "in/c.txt").write_bytes(mark)
+    folder = prepare.prepare([str(tmp_path / "in")], "mine", data_dir=tmp_path / "data")
+    assert read_back(folder, "train") == [text[: text.index(b"of")], b"another\n"]
+    assert read_back(folder, "val") == [text[text.index(b"of") :], b"text\n"]
+
+
+def test_prepare_writes_no_bars_into_a_log(tmp_path):
+    (tmp_path / "in.txt").write_text("some text\nand more\n" * 9)
+    assert command("in.txt", "--name=mine", cwd=tmp_path).stderr == ""
 
 
 def test_prepare_reads_in_blocks(tmp_path):

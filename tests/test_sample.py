@@ -80,6 +80,28 @@ def test_sample_file(tmp_path, capsys):
         sample.main([*flags, "--batch_size=0"])
 
 
+def test_a_run_s_folder_is_enough(corpus, tmp_path, monkeypatch, capsys):
+    """Its best checkpoint, or else its last, also where a crash left it. A path is not looked up elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # asking for it would be another error
+    train_here(corpus, "--out_dir=out/x", "--max_steps=8")
+    flags, out = ["--device=cpu", "--max_new_tokens=1"], tmp_path / "out/x"
+    for name, change in [
+        ("best", lambda: None),
+        ("last", lambda: (out / "best").rename(tmp_path / "elsewhere")),
+        ("last.old", lambda: (out / "last").rename(out / "last.old")),
+    ]:
+        change()
+        for asked in (["--init_from=out/x"], []):
+            sample.main([*flags, *asked])
+            assert capsys.readouterr().err.startswith(f"out/x/{name}: ")
+    sample.main([*flags, "--init_from=out/x/last"])
+    assert capsys.readouterr().err.startswith("out/x/last.old: ")
+    for path in ("out/y", "elsewhere/y", "./y/z", "/y/z", "~/y"):
+        with pytest.raises(FileNotFoundError, match=f"{path} is not a checkpoint: neither a folder nor owner/model"):
+            sample.main([*flags, f"--init_from={path}"])
+
+
 def test_a_gpu_called_by_its_number_becomes_the_current_one(monkeypatch):
     """Triton launches on the current one, wherever the tensors are, and torch.cuda.graph captures its streams."""
     current = []
