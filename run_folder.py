@@ -112,7 +112,8 @@ def resume(run: "Run") -> int:
         raise ValueError(f"{last / 'config.json'}: another version wrote it: unknown keys {brief(unknown)}")
     pairs = [(k, theirs[k], v) for k, v in here["train"].items() if k not in QUIET]
     pairs += [(k, there.get(k), here[k]) for k in ("processes", "device")]
-    pairs += [(f"the {k} data", (there.get("data") or {}).get(k), v) for k, v in here["data"].items()]
+    data = there.get("data") or here["data"]  # older checkpoints do not say
+    pairs += [(f"the {k} data", str(data.get(k))[:12], v[:12]) for k, v in here["data"].items()]
     if not cfg.length_stages:
         pairs.append(("block_size", checkpoint.read_config(last)[2].block_size, run.model.config.block_size))
     differ = [(k, a, b) for k, a, b in pairs if a is not None and a != b]

@@ -1,5 +1,6 @@
 """Small training runs, in this process or in one of their own."""
 
+import base64
 import json
 import os
 import signal
@@ -8,6 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
+import prepare
 import train
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +46,20 @@ def run_train(root: Path, *flags: str, launcher=(), wait: bool = True, **env):
         os.killpg(process.pid, signal.SIGKILL)  # torchrun's children, too
         raise
     return process.returncode, stdout, stderr
+
+
+def prepare_bpe(source: Path, name: str, data_dir: Path) -> Path:
+    """A data set with the tokenizer bpe:300, whose merges are not learned: that would need a package."""
+
+    def pairs(texts, spec, folder):
+        tokens = [bytes([i]) for i in range(256)] + [b"a" + bytes([i]) for i in range(97, 97 + 43)]
+        lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)]
+        (folder / "tokenizer.tiktoken").write_text("".join(lines))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "train_bpe", pairs)
+        patch.setattr(prepare.importlib.util, "find_spec", lambda name: True)
+        return prepare.prepare([str(source)], name, "bpe:300", data_dir=data_dir, overwrite=True)
 
 
 def losses(out: Path, key: str = "loss") -> dict[int, float]:

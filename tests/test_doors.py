@@ -23,7 +23,7 @@ import pytest
 import safetensors.torch
 import torch
 from released import RELEASED, write_chat_model, write_released
-from runs import ROOT, run_train, wait_for
+from runs import ROOT, prepare_bpe, run_train, wait_for
 
 import bench
 import checkpoint
@@ -150,7 +150,7 @@ def run(tmp_path_factory):
     text = "".join(" ".join(rng.choices(["alpha", "beta", "gamma", "delta"], k=9)) + "\n" for _ in range(300))
     (root / "words.txt").write_text(text)
     prepare.prepare([str(root / "words.txt")], "words", data_dir=root / "data")
-    prepare.prepare([str(root / "words.txt")], "bpe", "bpe:270", data_dir=root / "data")
+    prepare_bpe(root / "words.txt", "bpe", root / "data")
     argv = [*TRAIN.split(), f"--data_dir={root / 'data'}", f"--out_dir={root / 'out'}"]
     train.main([*argv, "--max_steps=2", "--dataset=bpe", "--vocab_size=320"])
     return root, argv

@@ -10,7 +10,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from runs import ROOT, TINY, losses, run_train, train_here, wait_for
+from runs import ROOT, TINY, losses, prepare_bpe, run_train, train_here, wait_for
 
 import ops
 import prepare
@@ -112,7 +112,7 @@ def test_resume_continues_exactly_or_not_at_all(corpus, tmp_path, capsys):
     assert saved["processes"] == 1 and saved["device"] == "cpu" and saved["data"].keys() == {"train", "val"}
     for flags, message in [
         (["--learning_rate=0.5"], "learning_rate is 0.5 and was 0.003"),
-        (["--seed=1", "--batch_size=4"], "batch_size is 4 and was 2, seed is 1 and was 1337"),
+        (["--seed=1", "--batch_size=4"], "batch_size is 4 and was 2, .*seed is 1 and was 1337"),
         (["--block_size=16"], "block_size is 16 and was 24"),
         ([f"--data_dir={other}"], "the train data is '.*' and was '.*', the val data is"),
     ]:
@@ -159,16 +159,15 @@ def test_overwriting_keeps_the_old_run_until_the_first_checkpoint(corpus, tmp_pa
 
     monkeypatch.setattr(train, "save", saving)
     train_here(corpus, f"--out_dir={tmp_path}", "--overwrite", "--seed=7")
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["best", "last", "loss.png", "metrics.jsonl"]
+    assert {f.name for f in tmp_path.iterdir()} - {"loss.png"} == {"best", "last", "metrics.jsonl"}
     assert json.loads((tmp_path / "last/config.json").read_text())["train"]["seed"] == 7
     assert sorted(losses(tmp_path)) == list(range(1, 25)) and seen[:2] == ["last", "best"]
 
 
 def test_what_the_end_needs_is_there_at_the_beginning(corpus, tmp_path, monkeypatch):
     """The tokenizer, whole, before the first step; and every checkpoint has it, whatever becomes of the data set."""
-    pytest.importorskip("tokenizers", reason="pip install -r requirements-dev.txt")
     data, file = tmp_path / "data", tmp_path / "data/words/tokenizer.tiktoken"
-    prepare.prepare([str(corpus / "words")], "words", "bpe:270", data_dir=data)
+    prepare_bpe(corpus / "words", "words", data)
     flags, whole = [f"--data_dir={data}", "--max_steps=2"], file.read_bytes()
     first, second, *rest = whole.splitlines()
     for broken in (None, whole[:-9], b"\n".join([first.split()[0] + b" 1", second.split()[0] + b" 0", *rest])):
