@@ -7,7 +7,6 @@ checkpoint records of its run, and how a run goes on from it, to the bit or not 
     new/   a run that will replace this one with its first checkpoint
 """
 
-import hashlib
 import math
 import shutil
 from collections.abc import Iterator
@@ -98,10 +97,11 @@ def resume(run: "Run") -> int:
     """
     cfg, last = run.cfg, run.out / "last"
     there, here = checkpoint.read_training(last), recorded(run)
-    if there["tokenizer"] != here["tokenizer"] or there.get("tokenizer_sha256") != here.get("tokenizer_sha256"):
-        raise ValueError(
-            f"{last} was trained with another tokenizer ({brief(there['tokenizer'])}) than this data set's"
-        )
+    file = last / "tokenizer.tiktoken"
+    ranks = file.read_bytes() if file.is_file() else None
+    if there["tokenizer"] != here["tokenizer"] or ranks != run.data.tokenizer_file:
+        name = brief(there["tokenizer"])
+        raise ValueError(f"{last} was trained with another tokenizer ({name}) than this data set's")
     checkpoint.load_training(last, run.model, run.optimizer)
     run.step, run.best = there["step"], math.inf if there.get("best_val_loss") is None else there["best_val_loss"]
     if run.step >= cfg.max_steps:
@@ -129,6 +129,4 @@ def recorded(run: "Run") -> dict:
     """What config.json of a checkpoint says of its run, as far as the result depends on it."""
     train = {k: v for k, v in asdict(run.cfg).items() if k not in ("kernels", "threads", "resume", "overwrite")}
     extra = {"train": train, "tokenizer": run.data.meta["tokenizer"], "data": run.data.checksums}
-    if run.data.tokenizer_file is not None:
-        extra["tokenizer_sha256"] = hashlib.sha256(run.data.tokenizer_file).hexdigest()
     return extra | {"processes": run.world, "device": run.device.type}
