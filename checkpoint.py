@@ -8,6 +8,7 @@ A checkpoint of training has the optimizer's state, too (save_training, load_tra
 
 import hashlib
 import json
+import os
 import re
 import types
 from dataclasses import asdict, fields
@@ -96,6 +97,8 @@ RELEASED_KEYS = {
 
 # Stay float32 in a bfloat16 model: what the convolution and the scan multiply and add channel by channel
 FLOAT32 = ("conv_weight", "conv_bias", "dt_bias", "A_log", ".D")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of weights
 
 # What our own checkpoints called otherwise before: parts of names of parameters, and a field of the configuration
 RENAMED = {
@@ -193,7 +196,7 @@ def pretrained_folder(name: str | Path, weights: bool = True) -> Path:
     Raises FileNotFoundError if name is neither, ConnectionError if it cannot be downloaded, and ValueError with the
     line to install if huggingface_hub is missing.
     """
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if not folder.is_dir() and Path(f"{folder}.old/config.json").is_file():  # where a crash left it
         folder = Path(f"{folder}.old")
     if not folder.is_dir():
@@ -363,7 +366,10 @@ def fill(
         dtypes["lm_head.weight"] = tensors["lm_head.weight"].dtype
     wrong = misfits(tensors, shapes)
     wrong += [f"{name} of {t.dtype}: quantised weights are not supported" for name, t in tensors.items()
-              if name in shapes and not t.is_floating_point()]  # fmt: skip
+              if name in shapes and t.dtype not in DTYPES][:4]  # fmt: skip
+    matrices = [name for ours in places if ours.endswith(("proj.weight", "embed.weight")) for name in places[ours]]
+    if not wrong and dtype is None and len(kinds := {str(tensors[name].dtype)[6:] for name in matrices}) > 1:
+        wrong = [f"matrices of {' and '.join(sorted(kinds))}: give one dtype, such as sample.py --dtype=float32"]
     if not wrong and dtypes and not torch.equal(tensors["lm_head.weight"], tensors[embed]):
         wrong = [f"lm_head.weight differs from {embed} despite tie_word_embeddings"]
     if wrong:
@@ -419,9 +425,9 @@ def read_training(folder: Path) -> dict:
     return extra
 
 
-def load_training(folder: Path, model: Hymba, optimizer) -> None:
+def load_training(folder: Path, model: Hymba, optimizer, step: int) -> None:
     """Load weights and the optimizer's state in place. Raises ValueError for a checkpoint of another architecture, and
-    for an optimizer file that does not fit."""
+    for an optimizer file that does not fit, or is of another step."""
     mine, theirs = asdict(model.config), asdict(read_config(folder)[2])
     differ = [k for k in mine if mine[k] != theirs[k] and k != "block_size"]
     if differ:
@@ -432,8 +438,11 @@ def load_training(folder: Path, model: Hymba, optimizer) -> None:
     shapes = {}
     for name, p in model.named_parameters():
         shapes |= {f"{name}.step": (), f"{name}.exp_avg": p.shape, f"{name}.exp_avg_sq": p.shape}
-    if wrong := misfits(state, shapes):
+    wrong = misfits(state, shapes) + [f"{k} of {t.dtype}" for k, t in state.items() if t.dtype != torch.float32][:4]
+    if wrong:
         raise ValueError(f"{file} does not fit the model: {', '.join(wrong)}")
+    if other := [t.item() for name, t in state.items() if name.endswith(".step") and t != step]:
+        raise ValueError(f"{file} is not of this checkpoint: it is of step {other[0]:g}, and config.json of {step}")
     model.load_state_dict(weights)
     for name, p in model.named_parameters():  # copies: the file is mapped, and about to be replaced
         s = {k: state[f"{name}.{k}"] for k in ("step", "exp_avg", "exp_avg_sq")}

@@ -32,7 +32,7 @@ def brief(value) -> str:
 def of_type(value, kind) -> bool:
     """Whether value is of a type, or of one of a union's. A whole number is a float, too, and True is no number."""
     kinds = get_args(kind) or (kind,)
-    return type(value) in kinds or (type(value) is int and float in kinds)
+    return type(value) in kinds or (type(value) is int and float in kinds and abs(value) < 2**63)
 
 
 def check_keys(values, where: str, needs: dict, may: dict | None = None) -> None:

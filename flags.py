@@ -69,12 +69,17 @@ class TrainConfig:
     def __post_init__(self):
         whole = {name: (0, 2**31) for name in ("warmup_steps", "decay_steps", "sample_tokens")}
         whole |= {"seed": (0, 2**63 - 1), "threads": (0, 1024), "max_steps": (1, 2**31)}
-        rates = {name: (0, 1e38) for name in ("learning_rate", "min_lr", "weight_decay", "grad_clip")}
+        rates = {name: (0, 1e6) for name in ("learning_rate", "min_lr", "weight_decay", "grad_clip")}
         check_fields(self, whole | rates | {name: (0, 1) for name in ("beta1", "beta2", "anneal_mix")})
         if self.schedule not in ("wsd", "cosine"):
             raise ValueError(f"schedule={brief(self.schedule)}: use wsd or cosine")
         if self.resume not in ("", "True", "anyway"):
             raise ValueError(f"resume={brief(self.resume)}: write --resume or --resume=anyway")
+        if self.resume and self.overwrite:
+            raise ValueError("--resume goes on with a run and --overwrite replaces it: give one of them")
+        for name in ("data_dir", "dataset"):
+            if not getattr(self, name):
+                raise ValueError(f"--{name}= is empty: give a folder, or leave it out")
         if self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr={self.min_lr} must lie between 0 and learning_rate={self.learning_rate}")
         if max(self.beta1, self.beta2) == 1:
@@ -165,16 +170,18 @@ def read_config_file(file: Path) -> dict:
     try:
         values = runpy.run_path(str(file))
     except SyntaxError as e:
-        raise ValueError(f"{file}, line {e.lineno}: {e.msg}") from None
+        raise ValueError(f"{file}, line {e.lineno or 1}: {e.msg}") from None
     except (Exception, SystemExit) as e:
         line = next((f.lineno for f in reversed(traceback.extract_tb(e.__traceback__)) if f.filename == str(file)), 1)
         raise ValueError(f"{file}, line {line}: {type(e).__name__}: {e}") from None
     values = {k: v for k, v in values.items() if not k.startswith("_") and not isinstance(v, types.ModuleType)}
     for name, value in values.items():
         if name not in FLAGS:
-            raise ValueError(f"{file}: unknown flag '{name}'{similar(name)}")
+            simple = isinstance(value, int | float | str)
+            hint = similar(name) if simple else "; begin the name of what is no flag with _"
+            raise ValueError(f"{file}: unknown flag '{name}'{hint}")
         kind = FLAGS[name].type
-        if not of_type(value, kind) and not (name == "resume" and value in (True, False)):
+        if not of_type(value, kind) and not (name == "resume" and type(value) is bool):
             raise ValueError(f"{file}: {name}={brief(value)}: must be {kind.__name__}")
     return values
 
@@ -244,5 +251,6 @@ def run(script: str, main: Callable[[list[str]], None], lower: str = "") -> None
         )
     if os.environ.get("RANK", "0") != "0":
         time.sleep(5)  # process 0 says the same, and then torchrun ends this one
-    print(f"{script}: {' '.join(message.split())}", file=sys.stderr)
+    message = " ".join(message.split())
+    print(f"{script}: {message if len(message) < 1000 else f'{message[:800]} ... {message[-190:]}'}", file=sys.stderr)
     sys.exit(status)

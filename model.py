@@ -112,20 +112,22 @@ class HymbaConfig:
     tied: bool = True  # the embedding is the output layer, too
 
     def __post_init__(self):
-        ranges = dict.fromkeys(["n_meta", "n_hidden", "rope_orig", "dt_rank"], (0, 2**24)) | {"n_layer": (0, 1000)}
+        ranges = dict.fromkeys(["n_hidden", "rope_orig", "dt_rank"], (0, 2**24)) | {"n_layer": (0, 1000)}
         ranges |= dict.fromkeys(["expand", "d_conv"], (1, 1024)) | {"norm_eps": (1e-12, 1), "rope_base": (1, 1e12)}
+        ranges |= {"n_meta": (0, 2**16), "window": (1, 2**20)}  # a cache has this many slots, used or not
         check_fields(self, ranges | dict.fromkeys(["rope_factor", "rope_low", "rope_high"], (0, 1e12)))
         n = self.n_layer or len(self.pattern) or 24
         if n > 1000:
             raise ValueError(f"a pattern of {n} blocks is too long: give 1000 at most")
         if self.pattern and len(self.pattern) != n:
-            raise ValueError(f"pattern '{self.pattern}' has {len(self.pattern)} letters but n_layer={n}; leave one out")
+            pattern = self.pattern[:60]
+            raise ValueError(f"pattern '{pattern}' has {len(self.pattern)} letters but n_layer={n}; leave one out")
         self.pattern = self.pattern or "".join("H" if i in {0, (n - 1) // 2, n - 1} else "h" for i in range(n))
         self.n_layer = n
         self.dt_rank = self.dt_rank or math.ceil(self.n_embd / 16)
         for letter in self.pattern:
             if letter not in "TtMHh":
-                raise ValueError(f"pattern '{self.pattern}': unknown letter '{letter}'; use T, t, M, H or h")
+                raise ValueError(f"pattern '{self.pattern[:60]}': unknown letter '{letter}'; use T, t, M, H or h")
         if self.rope_orig and self.head_size == 2:
             raise ValueError("rope_orig needs heads of at least 4 channels: NTK's exponent is E / (E - 2)")
         if self.rope_factor and not (self.rope_orig and self.rope_low < self.rope_high):
@@ -474,7 +476,8 @@ class Hymba(nn.Module):
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
         self.lm_head = None if config.tied else nn.Parameter(torch.empty(config.vocab_size, config.n_embd))
-        self.init_weights()
+        if not self.embed.weight.is_meta:
+            self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:

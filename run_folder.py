@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 def check_folder(cfg: TrainConfig) -> None:
     """Raise ValueError if out_dir holds a run that is neither continued nor replaced, or has none to continue."""
     out = Path(cfg.out_dir)
+    if files := [path for path in (out, *out.parents) if path.exists() and not path.is_dir()]:
+        raise ValueError(f"out_dir={out}: {files[0]} is a file; pass another --out_dir")
     there = any((out / name).exists() for name in ("last", "last.old", "new/last"))
     if there and not cfg.resume and not cfg.overwrite:
         raise ValueError(
@@ -78,7 +80,10 @@ def metrics_so_far(run: "Run") -> list[str]:
         if not line.endswith("\n"):  # the last one, as a crash left it
             break
         where = f"{run.metrics}, line {number} (remove it, or the file)"
-        step = parse_json(line, where, {"step": int}, {"loss": float, "val_loss": float})["step"]
+        values = parse_json(line, where, {"step": int}, {"loss": float, "val_loss": float})
+        step, losses = values["step"], [values.get(key) or 0 for key in ("loss", "val_loss")]
+        if step < 1 or max(map(abs, losses)) > 1e30:
+            raise ValueError(f"{where}: {brief(values)} cannot be")
         kept += [line] * (step <= run.step)
     return kept
 
@@ -102,7 +107,7 @@ def resume(run: "Run") -> int:
     if there["tokenizer"] != here["tokenizer"] or ranks != run.data.tokenizer_file:
         name = brief(there["tokenizer"])
         raise ValueError(f"{last} was trained with another tokenizer ({name}) than this data set's")
-    checkpoint.load_training(last, run.model, run.optimizer)
+    checkpoint.load_training(last, run.model, run.optimizer, there["step"])
     run.step, run.best = there["step"], math.inf if there.get("best_val_loss") is None else there["best_val_loss"]
     if run.step >= cfg.max_steps:
         raise ValueError(f"{last} is at step {run.step} of {cfg.max_steps}: raise --max_steps to go on")
@@ -111,12 +116,13 @@ def resume(run: "Run") -> int:
     if unknown := sorted(theirs.keys() - {f.name for f in fields(TrainConfig)}):
         raise ValueError(f"{last / 'config.json'}: another version wrote it: unknown keys {brief(unknown)}")
     pairs = [(k, theirs[k], v) for k, v in here["train"].items() if k not in QUIET]
-    pairs += [(k, there.get(k), here[k]) for k in ("processes", "device")]
-    data = there.get("data") or here["data"]  # older checkpoints do not say
+    # Older checkpoints do not say
+    pairs += [(k, there[k], here[k]) for k in ("processes", "device") if there.get(k) is not None]
+    data = here["data"] if there.get("data") is None else there["data"]
     pairs += [(f"the {k} data", str(data.get(k))[:12], v[:12]) for k, v in here["data"].items()]
     if not cfg.length_stages:
         pairs.append(("block_size", checkpoint.read_config(last)[2].block_size, run.model.config.block_size))
-    differ = [(k, a, b) for k, a, b in pairs if a is not None and a != b]
+    differ = [(k, a, b) for k, a, b in pairs if a != b]
     changes = ", ".join(f"{k} is {brief(b)} and was {brief(a)}" for k, a, b in differ)
     if [k for k, _, _ in differ if k not in LATER] and cfg.resume != "anyway":
         raise ValueError(f"{last} would not go on exactly: {changes}; put it back, or --resume=anyway")

@@ -26,9 +26,12 @@ from pathlib import Path
 import torch
 
 import checkpoint
+import cost
 import ops
 from engine import Engine, check_sampling
+from files import memory
 from flags import Parser, run
+from model import Hymba
 from tokenizer import ReleasedTokenizer, Tokenizer, chat_template, detokenizer, stops, tokenizer_of
 
 
@@ -123,12 +126,29 @@ def pick_device(name: str | None) -> torch.device:
     auto = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name or auto)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).tolist()
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError):
         raise ValueError(f"device={name}: there is none here; leave it out or use {auto}") from None
     return device
+
+
+def check_model(model: Hymba, tokenizer: Tokenizer, folder: Path, rows: int, max_new_tokens: int) -> None:
+    """Raise ValueError for a model that does not go with its tokenizer, whose weights give no numbers, or whose cache
+    does not fit into the memory."""
+    config, weight, eot = model.config, model.embed.weight, tokenizer.eot_token
+    if eot >= config.vocab_size:
+        raise ValueError(f"{folder}: its tokenizer ends texts with token {eot}, its model has {config.vocab_size}")
+    with torch.no_grad():
+        if not model(torch.tensor([[eot]], device=weight.device)).isfinite().all():
+            raise ValueError(f"{folder}: its weights give no finite numbers: take another checkpoint")
+    need, there = rows * cost.cache_bytes(config, min(max_new_tokens, 4096), weight.dtype), memory(weight.device)
+    if need > there:
+        raise ValueError(
+            f"{folder}: the cache of {rows} texts needs {need / 1e9:,.0f} GB, but there are {there / 1e9:,.0f} GB: "
+            "lower --batch_size or --max_new_tokens, or window in config.json"
+        )
 
 
 def main(argv: list[str]) -> None:
@@ -159,11 +179,14 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"seed={args.seed}: must be 0 or more, and less than 2**62")
     if args.file:
         try:
-            prompts = args.file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+            with args.file.open(encoding="utf-8-sig") as f:
+                text = f.read(2**28 + 1)
         except UnicodeDecodeError as e:
             raise ValueError(f"{args.file} is not UTF-8 text: {e}") from None
-        if not args.file.stat().st_size:
-            raise ValueError(f"{args.file} is empty: write one prompt a line")
+        if not text or len(text) > 2**28:
+            what = "has more than 268 million characters: split it" if text else "is empty: write one prompt a line"
+            raise ValueError(f"{args.file} {what}")
+        prompts = text.removesuffix("\n").split("\n")
         if args.batch_size < 1 or args.prompt or args.n_samples > 1 or args.chat:
             raise ValueError("--file goes with a --batch_size of 1 or more, without --prompt, --n_samples and --chat")
     if args.chat and (args.prompt or args.n_samples > 1):
@@ -178,6 +201,7 @@ def main(argv: list[str]) -> None:
     render = chat_template(folder) if args.chat else None
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else None)
     model = checkpoint.load(name, dtype and getattr(torch, dtype), device).eval()
+    check_model(model, tokenizer, folder, min(args.batch_size, len(prompts)) if args.file else 1, args.max_new_tokens)
     engine = Engine(model)
     print(f"{folder}: {model.config.pattern}, {model.num_params():,} parameters, on {device}", file=sys.stderr)
     options = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}

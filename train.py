@@ -66,9 +66,10 @@ def parse_stages(cfg: TrainConfig, block_size: int) -> list[tuple[int, int]]:
         stages = [tuple(map(int, stage.split(":"))) for stage in cfg.length_stages.split(",")]
         lengths, steps = zip(*stages, strict=True)
     except ValueError:
-        raise ValueError(f"length_stages='{cfg.length_stages}': write length:steps,length:steps") from None
+        raise ValueError(f"length_stages={brief(cfg.length_stages)}: write length:steps,length:steps") from None
     if min(steps) < 1 or sum(steps) != cfg.max_steps:
-        raise ValueError(f"length_stages='{cfg.length_stages}' is {sum(steps)} steps, but max_steps={cfg.max_steps}")
+        stages = brief(cfg.length_stages)
+        raise ValueError(f"length_stages={stages} is {sum(steps)} steps, but max_steps={cfg.max_steps}")
     per_step = cfg.batch_size * cfg.grad_accum * lengths[0]
     for length in lengths:
         if length < 1 or per_step % length or (per_step // length) % max(1, cfg.batch_size * lengths[0] // length):
@@ -115,7 +116,7 @@ def plot_loss(metrics: Path, picture: Path) -> None:
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     plt.figure(figsize=(7, 4))
     for key, style in [("loss", {"lw": 0.7}), ("val_loss", {"marker": "o"})]:
-        points = [(line["step"], line[key]) for line in lines if key in line]
+        points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
         plt.plot(*zip(*points, strict=True), label=key, **style)
     plt.xlabel("step"), plt.ylabel("nats per token"), plt.legend(), plt.grid(alpha=0.3), plt.tight_layout()
     plt.savefig(picture, dpi=120)
@@ -251,15 +252,20 @@ def configure(cfg: TrainConfig, model_args: dict, data: Data) -> tuple[HymbaConf
     return config, stages
 
 
-def check_room(cfg: TrainConfig, config: HymbaConfig, device: torch.device) -> None:
+def check_room(cfg: TrainConfig, config: HymbaConfig, device: torch.device, world: int) -> None:
     """Raise ValueError if the model cannot fit into the memory, or its checkpoints onto the disk."""
     with torch.device("meta"):
         n = Hymba(config).num_params()
-    tokens = cfg.batch_size * config.block_size
-    need = 16 * n + 4 * tokens * config.n_embd * config.n_layer  # weight, gradient and two moments; a block's output
-    if need > (there := memory(device)):
-        message = f"{n:,} parameters and {tokens:,} tokens at a time need {need / 1e9:,.0f} GB, but there are "
-        raise ValueError(f"{message}{there / 1e9:,.0f} GB: lower n_layer, n_embd, n_hidden, vocab_size or batch_size")
+    tokens = cfg.batch_size * (config.block_size + config.n_meta)
+    kept = config.n_layer * (10 * config.n_embd + 4 * config.n_hidden)  # for backward, bytes a token: what any needs
+    need = 16 * n + kept * tokens  # weight, gradient and two moments
+    drawn = 10 * cfg.batch_size * cfg.grad_accum * world * config.block_size  # a step's text, before it is divided
+    if need > memory(device) or drawn > memory(torch.device("cpu")):
+        raise ValueError(
+            f"{n:,} parameters and {tokens:,} tokens at a time need {need / 1e9:,.0f} GB of "
+            f"{memory(device) / 1e9:,.0f}, and the text of a step {drawn / 1e9:,.0f} GB: lower "
+            "n_layer, n_embd, n_hidden, vocab_size, batch_size or grad_accum"
+        )
     there = next(folder for folder in [Path(cfg.out_dir), *Path(cfg.out_dir).absolute().parents] if folder.exists())
     need = 32 * n  # last (weights and two moments) and best, each twice while it is replaced
     if (free := shutil.disk_usage(there).free) < need:
@@ -338,7 +344,8 @@ def train_step(run: Run, step: int) -> Tensor:
 def evaluate(run: Run) -> tuple[float, float]:
     """Validation loss in nats per token and in bits per byte, over evenly spaced windows."""
     val, (T, micro, _) = run.data.val, run.batch(run.step - 1)
-    starts = np.linspace(0, len(val) - T - 1, run.cfg.eval_windows).astype(int)[run.rank :: run.world]
+    n = min(run.cfg.eval_windows, len(val) - T)  # there are not more
+    starts = np.linspace(0, len(val) - T - 1, n).astype(int)[run.rank :: run.world]
     total = torch.zeros(2, device=run.device)
     for i in range(0, len(starts), micro):
         windows = np.stack([val[s : s + T + 1] for s in starts[i : i + micro]]).astype(np.int64)
@@ -463,7 +470,7 @@ def main(argv: list[str]) -> None:
     device, rank, world = start_process(cfg)
     data = open_data(cfg, rank, world)
     config, stages = configure(cfg, model_args, data)
-    check_room(cfg, config, device)
+    check_room(cfg, config, device, world)
     with run_folder(cfg, rank, world):
         run = start(cfg, config, stages, data, device, rank, world)
         with signals(world) as received:
