@@ -439,7 +439,7 @@ def load_training(folder: Path, model: Hymba, optimizer, step: int) -> None:
     for name, p in model.named_parameters():
         shapes |= {f"{name}.step": (), f"{name}.exp_avg": p.shape, f"{name}.exp_avg_sq": p.shape}
     wrong = misfits(state, shapes) + [f"{k} of {t.dtype}" for k, t in state.items() if t.dtype != torch.float32][:4]
-    if wrong:
+    if wrong := wrong or [f"{k} is not finite" for k, t in state.items() if not t.isfinite().all()][:4]:
         raise ValueError(f"{file} does not fit the model: {', '.join(wrong)}")
     if other := [t.item() for name, t in state.items() if name.endswith(".step") and t != step]:
         raise ValueError(f"{file} is not of this checkpoint: it is of step {other[0]:g}, and config.json of {step}")

@@ -124,6 +124,12 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
 # Folders
 
 
+def check_folders(folder: Path) -> None:
+    """Raise ValueError if folder, or one that it is in, is something else."""
+    if others := [path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()]:
+        raise ValueError(f"{folder} cannot be a folder, as {others[0]} is none: give another name")
+
+
 @contextmanager
 def locked(file: Path, message: str) -> Iterator[None]:
     """Hold a lock for the with block. Raises ValueError(message) if another process does. The lock of a process that
@@ -143,6 +149,17 @@ def locked(file: Path, message: str) -> Iterator[None]:
 
 
 @contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """What goes wrong in the with block while something is written (a full disk, say) names the file."""
+    try:
+        yield
+    except OSError as e:
+        if e.filename or not e.errno or isinstance(e, BrokenPipeError):
+            raise
+        raise OSError(e.errno, e.strerror, str(file)) from None
+
+
+@contextmanager
 def replacing(folder: Path, mark: str = ".") -> Iterator[Path]:
     """
     A new folder for the with block to fill, folder.new. After the block it takes the place of `folder`. If the block
@@ -152,7 +169,8 @@ def replacing(folder: Path, mark: str = ".") -> Iterator[Path]:
     new = folder.with_name(f"{folder.name}{mark}new")
     new.mkdir(parents=True)
     try:
-        yield new
+        with naming(new):
+            yield new
         if folder.exists():
             folder.rename(folder.with_name(f"{folder.name}{mark}old"))
         new.rename(folder)

@@ -47,7 +47,7 @@ import numpy as np
 import tiktoken
 import tqdm
 
-from files import locked, parse_json, read_json, recover, replacing
+from files import check_folders, locked, parse_json, read_json, recover, replacing
 from flags import Parser, run
 from tokenizer import bpe_size, load_tokenizer, train_bpe
 
@@ -118,6 +118,7 @@ def check_arguments(
         if source not in builtin and not Path(source).exists():
             raise FileNotFoundError(f"no file or folder {source!r}; give one that exists, or python or shakespeare")
     folder = data_dir / name
+    check_folders(folder)
     if folder.exists() and not {path.name for path in folder.iterdir()} <= OUTPUTS:
         raise FileExistsError(f"{folder} holds other files than a data set's; pass another --name")
     if folder.exists() and not overwrite:
@@ -213,10 +214,9 @@ def read_documents(path: Path) -> Iterator[Iterable[bytes]]:
                     continue
                 try:
                     text = parse_json(line, "it", {"text": str})["text"]
-                except ValueError:
-                    raise ValueError(
-                        f'{path}, line {number}: expected a JSON object such as {{"text": "..."}}'
-                    ) from None
+                except ValueError as e:
+                    example = '{"text": "..."}'
+                    raise ValueError(f"{path}, line {number}: expected a JSON object such as {example}: {e}") from None
                 yield [text.encode("utf-8", "replace")]  # half a surrogate pair becomes ?
     elif suffix == ".parquet":
         import pyarrow.parquet
@@ -226,7 +226,9 @@ def read_documents(path: Path) -> Iterator[Iterable[bytes]]:
                 for batch in f.iter_batches(batch_size=1024, columns=["text"]):
                     for text in batch.column("text").to_pylist():
                         yield [b"" if text is None else text.encode()]
-        except (pyarrow.ArrowException, KeyError, AttributeError):
+        except (pyarrow.ArrowException, KeyError, AttributeError, OSError) as e:
+            if getattr(e, "errno", None):  # of the disk; pyarrow's own have no number, nor the name of the file
+                raise
             raise ValueError(f"{path} is not a parquet file with a column `text` of strings") from None
     else:
         decoder = codecs.getincrementaldecoder("utf-8")()
@@ -440,6 +442,8 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the data set if it exists")
     args = parser.parse_args(argv)
+    if not args.data_dir:
+        raise ValueError("--data_dir= is empty: give a folder, or leave it out")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill cleans up as Ctrl-C does
     try:
         prepare(**vars(args))

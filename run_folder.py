@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 
 import checkpoint
-from files import brief, locked, parse_json, recover
+from files import brief, check_folders, locked, parse_json, recover
 from flags import TrainConfig
 
 if TYPE_CHECKING:
@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 def check_folder(cfg: TrainConfig) -> None:
     """Raise ValueError if out_dir holds a run that is neither continued nor replaced, or has none to continue."""
     out = Path(cfg.out_dir)
-    if files := [path for path in (out, *out.parents) if path.exists() and not path.is_dir()]:
-        raise ValueError(f"out_dir={out}: {files[0]} is a file; pass another --out_dir")
+    check_folders(out)
     there = any((out / name).exists() for name in ("last", "last.old", "new/last"))
     if there and not cfg.resume and not cfg.overwrite:
         raise ValueError(

@@ -70,6 +70,8 @@ def chat(
             return
         messages.append({"role": "user", "content": line})
         tokens = tokenizer.encode(render(messages))
+        if not tokens:
+            raise ValueError("the chat template made a text in which there is no token: use --prompt")
         if cache is None or tokens[:-1][: len(seen)] != seen:  # one token at least must be new
             if seen:
                 print("[reading the whole conversation again: nothing is lost but time]", file=sys.stderr)

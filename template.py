@@ -50,7 +50,7 @@ def main() -> None:
         )
         environment.globals |= {"raise_exception": raise_exception, "strftime_now": datetime.now().strftime} | tokens
         text = environment.from_string(source).render(messages=messages, add_generation_prompt=True)
-        if len(text) > 10_000_000:
+        if len(text) > 30_000 + 4 * sum(len(m["content"]) for m in messages):
             raise jinja2.TemplateError(f"it made {len(text):,} characters")
         print(json.dumps(["text", text]))
     except MemoryError:

@@ -8,8 +8,10 @@ A tokenizer is a tiktoken.Encoding or a ReleasedTokenizer. Both have `encode_ord
 import base64
 import hashlib
 import importlib.util
+import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import tiktoken
@@ -110,6 +112,24 @@ def train_bpe(texts: Iterable[str], spec: str, folder: Path) -> None:
 # Tokenizers of released models
 
 
+def whole(text: str) -> str:
+    """text with a ? for each half of a surrogate pair, which UTF-8 has not: a terminal may send such, and JSON."""
+    return text.encode("utf-8", "replace").decode()
+
+
+@contextmanager
+def quiet_rust() -> Iterator[None]:
+    """Where Rust code panics, Python gets an exception, and Rust writes to stderr itself. Not in the with block."""
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
+
+
 class ReleasedTokenizer:
     """A released model's tokenizer.json, under the names of tiktoken.Encoding as far as this repository uses them.
 
@@ -127,10 +147,11 @@ class ReleasedTokenizer:
             raise ValueError(f"{folder} needs a package that is missing: pip install tokenizers") from None
         file = folder / "tokenizer.json"
         try:
-            self.tokenizer = tokenizers.Tokenizer.from_file(str(file))
-            self.tokenizer.no_truncation()  # some files were saved with the limits of their training
-            self.tokenizer.no_padding()
-            self.tokenizer.decode(self.tokenizer.encode("Hello").ids)
+            with quiet_rust():
+                self.tokenizer = tokenizers.Tokenizer.from_file(str(file))
+                self.tokenizer.no_truncation()  # some files were saved with the limits of their training
+                self.tokenizer.no_padding()
+                self.tokenizer.decode(self.tokenizer.encode("Hello").ids)
         except KeyboardInterrupt:
             raise
         except BaseException as e:  # the package raises no narrower class, and panics of Rust are none of Exception's
@@ -151,11 +172,11 @@ class ReleasedTokenizer:
 
     def encode_ordinary(self, text: str) -> list[int]:
         """The tokens of text, behind the token that begins every text if there is one."""
-        return self.tokenizer.encode(text).ids
+        return self.tokenizer.encode(whole(text)).ids
 
     def encode(self, text: str) -> list[int]:
         """The tokens of text and of the special tokens written in it, as a chat template writes them."""
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        return self.tokenizer.encode(whole(text), add_special_tokens=False).ids
 
     def decode(self, tokens: list[int]) -> str:
         """The text of tokens. Special tokens are left out."""
@@ -225,7 +246,7 @@ def special_tokens(folder: Path) -> dict[str, str]:
         token = config.get(name) or ""
         if isinstance(token, dict):
             check_keys(token, f"{file}: {name!r}", {"content": str})
-        tokens[name] = token["content"] if isinstance(token, dict) else token
+        tokens[name] = whole(token["content"] if isinstance(token, dict) else token)
     return tokens
 
 

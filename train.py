@@ -40,7 +40,7 @@ import cost
 import ops
 import prepare
 import sample
-from files import brief, memory
+from files import brief, memory, naming
 from flags import TrainConfig, parse, run
 from model import Hymba, HymbaConfig
 from run_folder import check_folder, metrics_so_far, recorded, resume, run_folder, take_over
@@ -287,7 +287,8 @@ def start(
         torch.set_num_threads(cfg.threads or threads or faster_threads(run))
     if rank == 0:
         run.metrics.parent.mkdir(parents=True, exist_ok=True)
-        run.metrics.with_suffix(".new").write_text("".join(metrics_so_far(run)))
+        with naming(run.metrics):
+            run.metrics.with_suffix(".new").write_text("".join(metrics_so_far(run)))
         run.metrics.with_suffix(".new").replace(run.metrics)
         size = f"{model.num_params():,} parameters, {cost.flops_per_token(model) / 1e6:,.3g} MFLOP a token"
         where = f"{device} x {world}" if world > 1 else f"{device}"
@@ -374,7 +375,7 @@ def save(run: Run, name: str) -> None:
 
 def write_metrics(run: Run, *lines: dict) -> None:
     if run.rank == 0:
-        with run.metrics.open("a") as f:
+        with naming(run.metrics), run.metrics.open("a") as f:
             f.writelines(json.dumps(line) + "\n" for line in lines)
 
 
@@ -476,7 +477,8 @@ def main(argv: list[str]) -> None:
         with signals(world) as received:
             finished = train(run, received)
         if rank == 0 and finished:
-            plot_loss(run.metrics, run.out / "loss.png")
+            with naming(run.out / "loss.png"):
+                plot_loss(run.metrics, run.out / "loss.png")
             if cfg.sample_tokens:
                 sample.stream(sample.Engine(run.model), data.tokenizer, cfg.prompt, cfg.sample_tokens)
         elif rank == 0:

@@ -15,16 +15,11 @@ import prepare
 import train
 
 ROOT = Path(__file__).parents[1]
-TINY = ["--pattern=HhhH", "--n_embd=32", "--n_head=2", "--n_kv_head=1", "--n_hidden=32", "--d_state=2", "--n_meta=4"]
-TINY += ["--window=8", "--block_size=24", "--batch_size=2", "--warmup_steps=4", "--decay_steps=6", "--max_steps=24"]
-TINY += [
-    "--eval_interval=8",
-    "--eval_windows=4",
-    "--log_interval=4",
-    "--sample_tokens=0",
-    "--dataset=words",
-    "--device=cpu",
-]
+TINY = [
+    "--pattern=HhhH", "--n_embd=32", "--n_head=2", "--n_kv_head=1", "--n_hidden=32", "--d_state=2", "--n_meta=4",
+    "--window=8", "--block_size=24", "--batch_size=2", "--warmup_steps=4", "--decay_steps=6", "--max_steps=24",
+    "--eval_interval=8", "--eval_windows=4", "--log_interval=4", "--sample_tokens=0", "--dataset=words", "--device=cpu",
+]  # fmt: skip
 
 
 def train_here(root: Path, *flags: str) -> None:

@@ -93,7 +93,7 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     del config["model"]["tied"]  # a flag younger than the checkpoint
     (tmp_path / "last.old/config.json").write_text(json.dumps(config))
     assert checkpoint.read_training(folder)["step"] == 1
-    checkpoint.load_training(folder, model, optimizer)
+    checkpoint.load_training(folder, model, optimizer, 1)
 
 
 def test_checkpoints_of_an_older_version_load():

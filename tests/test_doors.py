@@ -3,7 +3,8 @@ Every wrong turn, generated: each file that is read, with bytes and values chang
 cannot have; saving, stopped at each step; processes, killed. The property: one line that names what is wrong, or the
 right result, within 20 seconds, and nothing lost. HYMBA_CASES=10 tries ten times as many changed files.
 
-`python tests/test_doors.py` prints how many cases of each class there were, and how they ended (docs/doors.md).
+`python tests/test_doors.py` prints the table of docs/robustness.md: how many cases of each class there were, and how
+they ended.
 """
 
 import collections
@@ -22,6 +23,8 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for python tests/test_doors.py
 from released import RELEASED, write_chat_model, write_released
 from runs import ROOT, prepare_bpe, run_train, wait_for
 
@@ -245,32 +248,14 @@ def test_released_tokenizers(tmp_path):
             spoil(kind, folder / name, data, "load", load, [], names=[name, str(folder)])
 
 
-LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 TEMPLATES = [
-    LOOP,
-    "{{ 'a' * 10**10 }}",
+    "{{", "{% if %}", "{% include 'x' %}", "{{ 1 / 0 }}", "{{ x.y.z }}", "{{ messages[99].role }}",
+    "{% for m in messages %}{{ m.nothing.more }}{% endfor %}", "{{ raise_exception(1) }}", "{{ ''.__class__.mro() }}",
+    "{{ 'a'.join(range(9)) }}", "{{ messages | tojson | int(0) + 'x' }}", "{{ 'x' * 10**6 }}", "{{ 'a' * 10**10 }}",
+    "{{ '%*d' % (10**10, 1) }}", "{{ range(10**9) | list | length }}", "{% set x = 9 ** (9 ** 9) %}{{ x }}",
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-    "{{ 1 / 0 }}",
-    "{{ x.y.z }}",
-]
-TEMPLATES += [
-    "{{ messages[99].role }}",
-    "{{ 'a'.join(range(9)) }}",
-    "{% include 'x' %}",
-    "{{ messages | tojson | int(0) + 'x' }}",
-]
-TEMPLATES += [
-    "{{ range(10**9) | list | length }}",
-    "{% set x = 9 ** (9 ** 9) %}{{ x }}",
-    "{{ '%*d' % (10**10, 1) }}",
-    "{{",
-    "{% if %}",
-]
-TEMPLATES += [
-    "{{ raise_exception(1) }}",
-    "{{ ''.__class__.mro() }}",
-    "{% for m in messages %}{{ m.nothing.more }}{% endfor %}",
-]
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("source", TEMPLATES)
@@ -303,38 +288,19 @@ def test_flags_of_train(run, name, tmp_path):
 
 
 WORDS = [
-    "batch_size=3",
-    "-batch_size=3",
-    "--batch=3",
-    "--batch-size=3",
-    "--=3",
-    "--",
-    "-",
-    "-x",
-    "--batch_size",
-    "x.py",
-]
-WORDS += ["--help=3", "--resume=maybe", "--overwrite=2", "--pattern=" + "h" * 10**6, "--pattern=HxH", "--dataset=\x00"]
-WORDS += [
-    "--schedule=x" * 99,
-    "--fusion=",
-    "--device=gpu9",
-    "--device=cuda:-1",
-    "--length_stages=1:1,",
-    "--dataset=../..",
-]
-WORDS += [
-    "--length_stages=8:-1,8:2",
-    "--anneal_dataset=none",
-    "--data_dir=/dev/null",
-    "--out_dir=/dev/null/x",
-    "--resume",
-]
+    "batch_size=3", "-batch_size=3", "--batch=3", "--batch-size=3", "--Batch_size=3", "--batch_size", "--=3", "--", "-",
+    "-x", "x.py", "config", "--help=3", "-h=1", "--no-compile", "--resume", "--resume=maybe", "--overwrite=2",
+    "--resume --overwrite", "--pattern=HxH", "--pattern=" + "h" * 10**6, "--fusion=", "--schedule=" + "x" * 999,
+    "--device=gpu9", "--device=cuda:-1", "--device=meta", "--learning_rate=1e38", "--n_layer=1001", "--window=9999999",
+    "--n_embd=16777216", "--window=-1", "--seed=" + "9" * 40, "--length_stages=1:1,", "--length_stages=8:-1,8:2",
+    "--length_stages=" + "9" * 5000 + ":1", "--dataset=", "--dataset=\x00", "--dataset=../..", "--anneal_dataset=none",
+    "--data_dir=", "--data_dir=/dev/null", "--out_dir=/dev/null", "--out_dir=/dev/null/x", "--out_dir=" + "x" * 300,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("word", WORDS)
 def test_arguments_that_are_not_understood(run, word, tmp_path):
-    argv = [*run[1], "--max_steps=1", f"--out_dir={tmp_path / 'x'}", word]
+    argv = [*run[1], "--max_steps=1", f"--out_dir={tmp_path / 'x'}", *word.split(" ")]
     attempt("arguments", "train.py", train.main, argv, may_end_well=False)
     assert not (tmp_path / "x").exists()
 
@@ -362,29 +328,12 @@ def test_flags_of_the_others(run, script, word, tmp_path, monkeypatch):
 
 
 CONFIGS = [
-    "n_layer = ",
-    "import nothing_there",
-    "1 / 0",
-    "raise SystemExit(3)",
-    "n_layers = 3",
-    "n_layer = 'x'",
-    "\x00",
-]
-CONFIGS += [
-    "n_layer = 4.0",
-    "learning_rate = float('nan')",
-    "def f(): return f()\nf()",
-    "dropout = 0.1",
-    "resume = 'x'",
-]
-CONFIGS += [
-    "pattern = 'h' * 10**8",
-    "n_embd = 10**400",
-    "learning_rate = 1j",
-    "open('/nowhere')",
-    "é = 1",
-    "assert False",
-]
+    "n_layer = ", "n_layer = 'x'", "n_layer = 4.0", "n_layers = 3", "n_embd = 10**400", "pattern = 'h' * 10**8",
+    "learning_rate = 1j", "learning_rate = float('nan')", "resume = 'x'", "resume = 1", "dropout = 0.1", "é = 1",
+    "def helper(): pass", "from math import *", "import nothing_there", "open('/nowhere')", "1 / 0", "assert False",
+    "raise SystemExit(3)", "raise ValueError('x\\n' * 10**6)", "def f(): return f()\nf()", "x = [0] * 10**12",
+    "\tn_layer = 2", "\x00",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("text", CONFIGS)
@@ -398,18 +347,19 @@ def test_config_files(text, run, tmp_path):
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet"])
 def test_text_files(suffix, tmp_path):
     if suffix == ".parquet":
-        pytest.importorskip("pyarrow", reason="pip install -r requirements-dev.txt")
+        pyarrow = pytest.importorskip("pyarrow", reason="pip install -r requirements-dev.txt")
+        pytest.importorskip("pyarrow.parquet")
     row = b'{"text": "some text, and more of it\\n' + b'and a line\\n" }\n'
-    whole = {".txt": b"some text\nand more\n" * 9, ".jsonl": row * 30, ".parquet": b"PAR1" + b"x" * 99 + b"PAR1"}[
-        suffix
-    ]
-    file, argv = (
-        tmp_path / f"in{suffix}",
-        [str(tmp_path / f"in{suffix}"), "--name=x", f"--data_dir={tmp_path / 'data'}"],
-    )
-    file.write_bytes(whole)
+    file = tmp_path / f"in{suffix}"
+    argv = [str(file), "--name=x", f"--data_dir={tmp_path / 'data'}"]
+    if suffix == ".parquet":
+        rows = pyarrow.table({"text": ["some text, and more of it\nand a line\n", None, "short\n"] * 30})
+        pyarrow.parquet.write_table(rows, file)
+    else:
+        file.write_bytes({".txt": b"some text\nand more\n" * 9, ".jsonl": row * 30}[suffix])
+    whole = file.read_bytes()
 
-    for rng in cases(kind := f"text: {suffix}", 15):
+    for rng in cases(kind := f"text: {suffix}", 30):
         shutil.rmtree(tmp_path / "data", ignore_errors=True)
         file.write_bytes(changed_bytes(rng, whole))
         if attempt(kind, "prepare.py", prepare.main, argv, [file.name, "no text"]):
@@ -526,21 +476,114 @@ def test_kills(corpus, tmp_path):
     assert isinstance(model.config, HymbaConfig) and all(p.isfinite().all() for p in model.parameters())
 
 
-def test_enough_cases():
-    """Last in this file. With `-k`, or where packages are missing, there are fewer."""
-    total = sum(ENDS.values())
-    if total > 100 and torch.__version__:
-        print(table())
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other signals")
+def test_kills_of_prepare(tmp_path):
+    """SIGKILL at any time: the old data set or the new one is there, whole, after the next command."""
+    rng, sets = random.Random(0), []
+    for name, lines in (("old", 20_000), ("new", 400_000)):
+        (tmp_path / f"{name}.txt").write_text("".join(f"{name} line {i}\n" for i in range(lines)))
+        prepare.prepare([str(tmp_path / f"{name}.txt")], "x", data_dir=tmp_path / name)
+        sets.append((tmp_path / name / "x/train.bin").read_bytes())
+    shutil.copytree(tmp_path / "old", data := tmp_path / "data")
+    command = [sys.executable, str(ROOT / "prepare.py"), str(tmp_path / "new.txt"), "--name=x", "--overwrite"]
+    for _ in range(4):
+        process = subprocess.Popen([*command, f"--data_dir={data}"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        wait_for((data / "x~new").exists, process)
+        time.sleep(rng.random() / 4)
+        process.kill()
+        process.communicate()
+        prepare.clean_up(data)
+        assert [f.name for f in data.iterdir() if not f.name.startswith(".")] == ["x"]
+        prepare.open_split(data / "x", "val")
+        assert (data / "x/train.bin").read_bytes() in sets
+        ENDS["kills: prepare.py", "went on"] += 1
+
+
+@pytest.fixture
+def disk():
+    """A function after which no file grows larger than n bytes, as if the disk were full."""
+    resource = pytest.importorskip("resource", reason="Windows has no such limit")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda n: resource.setrlimit(resource.RLIMIT_FSIZE, (n, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--overwrite"])
+def test_full_disks(run, flag, disk, tmp_path):
+    """Whatever does not fit is named, and the old run is as good as before."""
+    (root, argv), out = run, tmp_path / "out"
+    argv = [*argv, "--dataset=bpe", "--vocab_size=320", f"--out_dir={out}", "--max_steps=3", "--eval_interval=1"]
+    for room in (0, 100, 2_000, 30_000, 60_000):
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(root / "out", out)
+        before = contents(out)
+        disk(room)
+        kind = f"full disks: train.py {flag}"
+        attempt(kind, "train.py", train.main, [*argv, flag], ["metrics", "last", "lock"], may_end_well=False)
+        disk(2**40)
+        after = contents(out)
+        assert all(after[name] == data for name, data in before.items() if not name.startswith("metrics"))
+        attempt(kind, "train.py", train.main, [*argv, "--resume"])
+        assert json.loads((out / "last/config.json").read_text())["step"] == 3
+
+
+def test_tensors_that_do_not_fit(run, tmp_path):
+    """Whole files, with the right checksums, of other tensors than config.json says."""
+    last = shutil.copytree(run[0] / "out/last", tmp_path / "out/last")
+    weights, state = (files.read_tensors(last / f"{name}.safetensors") for name in ("model", "optimizer"))
+    name = next(name for name in weights if name.endswith("in_proj.weight"))
+    changes = {
+        "numbers": lambda t: t * math.nan, "large": lambda t: torch.full_like(t, 1e38), "shape": lambda t: t.mT,
+        "bytes": lambda t: t.to(torch.uint8), "float8": lambda t: t.to(torch.float8_e4m3fn),
+        "half": lambda t: t.half(), "more": lambda t: torch.cat([t, t]),
+    }  # fmt: skip
+    for change in changes.values():
+        new = {k: (change(v) if k == name else v).clone().contiguous() for k, v in weights.items()}
+        argv = [f"--init_from={last}", "--max_new_tokens=2", "--device=cpu"]
+        files.write_tensors(new, last / "model.safetensors")
+        attempt("tensors that do not fit", "sample.py", sample.main, argv, [str(last)], may_end_well=False)
+    files.write_tensors(weights, last / "model.safetensors")
+    argv = [*run[1], "--dataset=bpe", "--vocab_size=320", f"--out_dir={last.parent}", "--resume", "--max_steps=3"]
+    for kind, change in [
+        ("step", lambda t: t - 1), ("step", lambda t: t * math.nan), ("exp_avg", lambda t: t.int()),
+        ("exp_avg", lambda t: t.double()), ("exp_avg_sq", lambda t: t[None]), ("exp_avg", lambda t: t * math.nan),
+    ]:  # fmt: skip
+        new = {k: (change(v) if k.endswith(kind) else v).clone().contiguous() for k, v in state.items()}
+        files.write_tensors(new, last / "optimizer.safetensors")
+        attempt("tensors that do not fit", "train.py", train.main, argv, [str(last)], may_end_well=False)
+
+
+def test_metrics_that_cannot_be(run, tmp_path):
+    """They would be in no picture at the end."""
+    out = shutil.copytree(run[0] / "out", tmp_path / "out")
+    argv = [*run[1], "--dataset=bpe", "--vocab_size=320", f"--out_dir={out}", "--resume", "--max_steps=3"]
+    for line in ('"step": -1', f'"step": -{"9" * 400}', '"step": 1, "loss": 1e308', f'"step": 1, "loss": {"9" * 400}'):
+        (out / "metrics.jsonl").write_text(f"{{{line}}}\n")
+        attempt("resume: metrics.jsonl", "train.py", train.main, argv, ["metrics.jsonl, line 1"], may_end_well=False)
+
+
+def test_enough_cases(request):
+    """Last in this file. Where some of its tests were not asked for, or run elsewhere, there are fewer."""
+    asked = {item.originalname for item in request.session.items if item.path == Path(__file__)}
+    if asked < {name for name in globals() if name.startswith("test_")} or hasattr(request.config, "workerinput"):
+        pytest.skip("not all of this file is run here")
+    print(table())
+    assert sum(ENDS.values()) >= 500
 
 
 def table() -> str:
-    rows = ["| class | cases | one line | ended well, or went on |", "| --- | --- | --- | --- |"]
+    rows = ["| class | cases | one line | the right result, or went on |", "| --- | --- | --- | --- |"]
     for kind in sorted({kind for kind, _ in ENDS}):
         ends = {end: n for (k, end), n in ENDS.items() if k == kind}
         line = ends.pop("one line", 0)
         rows.append(f"| {kind} | {line + sum(ends.values())} | {line} | {sum(ends.values())} |")
-    return "\n".join([*rows, f"| all | {sum(ENDS.values())} | | |"])
+    lines = sum(n for (_, end), n in ENDS.items() if end == "one line")
+    total = sum(ENDS.values())
+    return "\n".join([*rows, f"| all | {total} | {lines} | {total - lines} |"])
 
 
 if __name__ == "__main__":
-    sys.exit(subprocess.call([sys.executable, "-m", "pytest", "-q", "-s", __file__], cwd=ROOT))
+    command = [sys.executable, "-m", "pytest", "-q", "-s", __file__]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    print(done.stdout[done.stdout.find("| class") :] if not done.returncode else done.stdout)
+    sys.exit(done.returncode)
