@@ -243,12 +243,13 @@ def run(script: str, main: Callable[[list[str]], None], lower: str = "") -> None
     except (ValueError, OSError, FloatingPointError) as e:
         status, message = 2 if isinstance(e, UsageError) else 1, str(e)
     except (MemoryError, RuntimeError) as e:
-        if not out_of_memory(e):
+        if out_of_memory(e):
+            reason = str(e).splitlines()[0] if str(e) else "no more to be had"
+            status, message = 1, f"out of memory: lower {lower} ({reason})"
+        elif any(words in str(e) for words in ("Connection closed by peer", "Connection reset by peer")):
+            status, message = 1, "another process of this run has ended, and says why"
+        else:
             raise
-        status, message = (
-            1,
-            f"out of memory: lower {lower} ({str(e).splitlines()[0] if str(e) else 'no more to be had'})",
-        )
     if os.environ.get("RANK", "0") != "0":
         time.sleep(5)  # process 0 says the same, and then torchrun ends this one
     message = " ".join(message.split())

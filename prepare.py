@@ -195,7 +195,7 @@ def text_size(files: list[tuple[Path, bool]], data_dir: Path) -> int:
     free = shutil.disk_usage(data_dir).free
     if 3 * size > free:  # the text once, and two bytes of tokens for each byte of text: bpe needs less
         raise OSError(
-            f"{data_dir} has {free / 1e6:,.0f} MB free and this needs about {3 * size / 1e6:,.0f} MB; "
+            f"{data_dir} has {free / 1e6:,.1f} MB free and this needs about {3 * size / 1e6:,.1f} MB; "
             "make room or choose another --data_dir"
         )
     return size

@@ -269,7 +269,7 @@ def check_room(cfg: TrainConfig, config: HymbaConfig, device: torch.device, worl
     there = next(folder for folder in [Path(cfg.out_dir), *Path(cfg.out_dir).absolute().parents] if folder.exists())
     need = 32 * n  # last (weights and two moments) and best, each twice while it is replaced
     if (free := shutil.disk_usage(there).free) < need:
-        raise ValueError(f"{there} has {free / 1e6:.0f} MB free, but checkpoints need {need / 1e6:.0f} MB")
+        raise ValueError(f"{there} has {free / 1e6:.1f} MB free, but checkpoints need {need / 1e6:.1f} MB")
 
 
 def start(

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -306,16 +307,22 @@ def test_arguments_that_are_not_understood(run, word, tmp_path):
 
 
 OTHERS = {
-    ("sample.py", sample.main): ["x", "--n=3", "--n_samples=0", "--n_samples=x", "--top_k=0", "--top_p=2",
-        "--top_p=nan", "--temperature=nan", "--temperature=-1", "--temperature=x", "--max_new_tokens=-1",
-        "--max_new_tokens=1e9",
-        "--seed=-1", "--seed=" + "9" * 40, "--device=x", "--dtype=int8", "--chat",
-        "--file=/nowhere", "--file=/dev/null", "--init_from=out/none", "--init_from=.", "--init_from=/", "--kernels=2"],
-    ("prepare.py", prepare.main): ["--name=../x", "--name=", "--name=x y", "--tokenizer=", "--tokenizer=bpe:1",
-        "--tokenizer=bpe:99999999999", "--tokenizer=gpt9", "nowhere.txt", "--nam=x", "--overwrite=2", "--site-packages",
-        "--data_dir=/dev/null/x", "/dev/null", "name=x"],
-    ("bench.py", bench.main): ["x", "plot nowhere.json", "plot /dev/null", "scan --repeats=0", "scan --tokens=x",
-        "scan --tokens=-1", "scan --repeats=x", "attention", "decode --batches=0", "scan --nothing"],
+    ("sample.py", sample.main): [
+        "x", "--n=3", "--n_samples=0", "--n_samples=x", "--top_k=0", "--top_p=2", "--top_p=nan", "--temperature=nan",
+        "--temperature=-1", "--temperature=x", "--max_new_tokens=-1", "--max_new_tokens=1e9", "--seed=-1",
+        "--seed=" + "9" * 40, "--device=x", "--device=meta", "--dtype=int8", "--chat", "--file=/nowhere",
+        "--file=/dev/null", "--init_from=out/none", "--init_from=.", "--init_from=/", "--init_from=~nobody_here/x",
+        "--init_from=" + "x" * 300, "--kernels=2",
+    ],
+    ("prepare.py", prepare.main): [
+        "--name=../x", "--name=", "--name=x y", "--tokenizer=", "--tokenizer=bpe:1", "--tokenizer=bpe:99999999999",
+        "--tokenizer=gpt9", "nowhere.txt", "--nam=x", "--overwrite=2", "--site-packages", "--data_dir=",
+        "--data_dir=/dev/null/x", "/dev/null", "name=x",
+    ],
+    ("bench.py", bench.main): [
+        "x", "plot nowhere.json", "plot /dev/null", "scan --repeats=0", "scan --tokens=x", "scan --tokens=-1",
+        "scan --repeats=x", "attention", "decode --batches=0", "scan --nothing",
+    ],
 }  # fmt: skip
 
 
@@ -585,5 +592,6 @@ def table() -> str:
 if __name__ == "__main__":
     command = [sys.executable, "-m", "pytest", "-q", "-s", __file__]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    print(done.stdout[done.stdout.find("| class") :] if not done.returncode else done.stdout)
+    rows = "\n".join(re.findall(r"^\.?(\|.*)$", done.stdout, re.M))
+    print(rows if not done.returncode else done.stdout)
     sys.exit(done.returncode)

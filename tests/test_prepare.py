@@ -399,7 +399,7 @@ def test_prepare_refuses_before_reading_anything(tmp_path, monkeypatch):
     assert not data.exists()
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(100, 89, 11))
-    with pytest.raises(OSError, match="data has 0 MB free and this needs about 0 MB; make room or choose another"):
+    with pytest.raises(OSError, match="data has 0.0 MB free and this needs about 0.0 MB; make room or choose another"):
         prepare.prepare([a], "x", data_dir=data)
     assert not list(data.iterdir())
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from runs import ROOT, TINY, losses, prepare_bpe, run_train, train_here, wait_for
 
+import files
 import ops
 import prepare
 import train
@@ -143,6 +144,11 @@ def test_a_folder_that_another_process_trains_in(corpus, tmp_path):
         train_here(corpus, f"--out_dir={out}", "--resume", "--max_steps=100000")
     process.kill()
     process.communicate()
+    with files.locked(out / "lock", "it is free"):  # under torchrun, too, in one line
+        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+        code, _, err = run_train(corpus, f"--out_dir={out}", "--overwrite", launcher=launcher)
+        assert code == 1 and err.count("train.py: another train.py is training in") == err.count("train.py: ") == 1
+        assert "[rank1]" not in err
     train_here(corpus, f"--out_dir={out}", "--overwrite")
 
 
