@@ -184,7 +184,10 @@ class Run:
 
 def start_process(cfg: TrainConfig) -> tuple[torch.device, int, int]:
     """This process's device, its number, and how many there are (torchrun starts several)."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+        raise ValueError(f"RANK={rank}, WORLD_SIZE={world} in the environment: unset both, or start with torchrun")
+    rank, world = int(rank), int(world)
     device = sample.pick_device(cfg.device)
     if device.type == "cuda" and world > 1:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

@@ -189,6 +189,14 @@ def test_what_the_end_needs_is_there_at_the_beginning(corpus, tmp_path, monkeypa
         assert (tmp_path / "x" / name / "tokenizer.tiktoken").read_bytes() == whole
 
 
+@pytest.mark.parametrize("rank, world", [("1", "1"), ("x", "2"), ("0", "0"), ("-1", "2")])
+def test_an_environment_that_torchrun_did_not_make(rank, world, monkeypatch):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    with pytest.raises(ValueError, match=f"RANK={rank}, WORLD_SIZE={world} in the environment: unset both"):
+        train.start_process(train.TrainConfig())
+
+
 def test_config_names_the_command_of_its_data(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = "python prepare.py python --site-packages --tokenizer=bpe:32000 --name=source"
