@@ -232,7 +232,7 @@ def test_released_checkpoints(kind, tmp_path):
             spoil(f"released: {name}", tmp_path / name, data, "load", load, [], names=[name, str(tmp_path)])
 
 
-def test_released_tokenizers(tmp_path):
+def test_released_tokenizers(tmp_path, capfd):
     pytest.importorskip("tokenizers", reason="pip install -r requirements-dev.txt")
     pytest.importorskip("jinja2", reason="pip install -r requirements-dev.txt")
     folder = write_chat_model(tmp_path)
@@ -247,6 +247,7 @@ def test_released_tokenizers(tmp_path):
         for rng in cases(kind := f"released: {name}", n):
             data = changed_json(rng, whole)
             spoil(kind, folder / name, data, "load", load, [], names=[name, str(folder)])
+    assert "panicked" not in capfd.readouterr().err  # Rust would say so besides
 
 
 TEMPLATES = [

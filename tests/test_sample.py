@@ -3,20 +3,22 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import threading
 import types
 from pathlib import Path
 
 import pytest
 import torch
 from released import BAD_TEMPLATES, TEMPLATE, write_chat_model
-from runs import ROOT, train_here
+from runs import ROOT, prepare_bpe, train_here
 
 import checkpoint
 import ops
 import sample
-from conftest import SMALL
+from conftest import SMALL, small
 from engine import Cache, Engine
 from model import Hymba, HymbaConfig, rope_angles
 from tokenizer import ReleasedTokenizer, chat_template, detokenizer, load_tokenizer
@@ -102,10 +104,50 @@ def test_a_run_s_folder_is_enough(corpus, tmp_path, monkeypatch, capsys):
             sample.main([*flags, f"--init_from={path}"])
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such pipes")
+def test_prompts_from_a_pipe(corpus, tmp_path, capsys):
+    """A pipe says that it has no bytes, before they come: sample.py --file=<(...)."""
+    train_here(corpus, f"--out_dir={tmp_path}", "--max_steps=1")
+    os.mkfifo(tmp_path / "pipe")
+    threading.Thread(target=(tmp_path / "pipe").write_text, args=("alpha\n\nbeta\n",)).start()
+    capsys.readouterr()
+    sample.main([f"--init_from={tmp_path}", f"--file={tmp_path / 'pipe'}", "--max_new_tokens=1", "--device=cpu"])
+    assert [json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()] == ["alpha", "", "beta"]
+
+
+def test_models_that_cannot_generate(corpus, tmp_path, monkeypatch):
+    """A tokenizer of another model, and a cache that no memory holds, before a token is drawn."""
+    train_here(corpus, f"--out_dir={tmp_path}", "--max_steps=1")
+    flags, config = [f"--init_from={tmp_path}", "--device=cpu", "--max_new_tokens=1"], tmp_path / "best/config.json"
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="the cache of 1 texts needs .*lower --batch"):
+        patch.setattr(sample, "memory", lambda device: 1000)
+        sample.main(flags)
+    values = json.loads(config.read_text())
+    prepare_bpe(corpus / "words", "bpe", tmp_path / "data")
+    shutil.copy(tmp_path / "data/bpe/tokenizer.tiktoken", tmp_path / "best")
+    values["tokenizer"], eot = "bpe:300", 299
+    config.write_text(json.dumps(values))
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=f"ends texts with token {eot}, its model has"):
+        patch.setattr(checkpoint, "load", lambda *args: small("M", vocab_size=257))
+        sample.main(flags)
+
+
+def test_half_characters_in_prompts(tmp_path, monkeypatch):
+    """What a terminal sends that is no UTF-8 is a ? for a released tokenizer, too."""
+    folder = write_chat_model(tmp_path)
+    tokenizer = ReleasedTokenizer(folder)
+    assert tokenizer.encode_ordinary("the \udcff fox") == tokenizer.encode_ordinary("the ? fox")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": "\n"}))
+    monkeypatch.setattr("builtins.input", lambda prompt: "hello")
+    with pytest.raises(ValueError, match="the chat template made a text in which there is no token"):
+        sample.main([f"--init_from={folder}", "--chat", "--device=cpu"])
+
+
 def test_a_gpu_called_by_its_number_becomes_the_current_one(monkeypatch):
     """Triton launches on the current one, wherever the tensors are, and torch.cuda.graph captures its streams."""
     current = []
-    monkeypatch.setattr(torch, "zeros", lambda n, device: None)
+    monkeypatch.setattr(torch, "zeros", lambda n, device: torch.ones(n))
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     for name in ("cpu", "cuda", "cuda:1"):
         assert sample.pick_device(name) == torch.device(name)

@@ -125,6 +125,12 @@ def test_resume_continues_exactly_or_not_at_all(corpus, tmp_path, capsys):
     (out / "last/config.json").write_text(json.dumps(saved | {"train": saved["train"] | {"dropout": 1}}))
     with pytest.raises(ValueError, match=r"another version wrote it: unknown keys \['dropout'\]"):
         train_here(corpus, *more)
+    (out / "last/config.json").write_text(json.dumps(saved | {"data": {}}))
+    with pytest.raises(ValueError, match="the train data is '.*' and was 'None'"):
+        train_here(corpus, *more)
+    (out / "last/config.json").write_text(json.dumps(saved | {"train": saved["train"] | {"min_lr": None}}))
+    with pytest.raises(ValueError, match="min_lr is .* and was None"):
+        train_here(corpus, *more)
     (out / "last/config.json").write_text(json.dumps(saved))
     capsys.readouterr()
     train_here(
@@ -266,6 +272,19 @@ def test_schedules():
     rates = [train.learning_rate(cfg, i) for i in range(101)]
     assert rates[10] == 1.0 and abs(rates[55] - 0.55) < 1e-9 and abs(rates[100] - 0.1) < 1e-9
     assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+
+
+def test_no_more_validation_sequences_than_there_are(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg, args = train.parse([*TINY, f"--data_dir={corpus / 'data'}", "--eval_windows=16777216", "--max_steps=1"])
+    data = train.open_data(cfg, 0, 1)
+    config, stages = train.configure(cfg, args, data)
+    data.val = data.val[:30]  # six sequences of 24 + 1
+    run = train.start(cfg, config, stages, data, torch.device("cpu"), 0, 1)
+    run.step, seen = 1, []
+    run.loss = lambda windows: seen.extend(map(bytes, windows)) or torch.zeros(())
+    train.evaluate(run)
+    assert len(seen) == len(set(seen)) == 6
 
 
 def test_weight_decay_on_matrices_alone():
