@@ -297,7 +297,7 @@ def test_weight_decay_on_matrices_alone():
 
 
 def test_nan_stops_and_keeps_the_last_good_checkpoint(corpus, tmp_path):
-    flags = (f"--out_dir={tmp_path}", "--learning_rate=1e30", "--min_lr=0", "--warmup_steps=14", "--grad_clip=0")
+    flags = (f"--out_dir={tmp_path}", "--learning_rate=1e6", "--min_lr=0", "--warmup_steps=14", "--grad_clip=0")
     code, _, err = run_train(corpus, *flags)
     assert code == 1 and " at step " in err and "try a lower learning_rate" in err
     assert len(err.splitlines()) == 1
