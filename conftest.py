@@ -74,8 +74,11 @@ def poisoned(monkeypatch):
         nan = lambda u: (u.detach().fill_(math.nan), u)[1] if u.is_floating_point() else u  # noqa: E731
         monkeypatch.setattr(where, name, lambda *a, f=f, nan=nan, **k: nan(f(*a, **k)))
     if not GPU:
-        tiles = dict(QUERIES=16, KEYS=16, FLOAT32=(16, 16, 4), CHUNK_QUERIES=16, RUN=16, STRIP=32, ROW_BLOCK=16)
-        for name, value in tiles.items():
+        tile = 16, 16, 4, 2
+        tiles = dict(
+            FLOAT32=tile, HOPPER=dict.fromkeys(kernels.HOPPER, tile), AMPERE=dict.fromkeys(kernels.AMPERE, tile)
+        )
+        for name, value in (tiles | dict(CHUNK_QUERIES=16, RUN=16, STRIP=32, ROW_BLOCK=16)).items():
             monkeypatch.setattr(kernels, name, value)
         monkeypatch.setattr(engine_kernels, "DECODE_KEYS", 16)
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import LOG2E, rms, sigmoid, softplus, wait
+from kernels import LOG2E, launches_early, rms, sigmoid, softplus, wait
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Linear layers
@@ -74,7 +74,7 @@ def matvec(
     BM = max(1, min(8, MATVEC_TILE // BN // (1 if up is None else 2)))
     matvec_kernel[(triton.cdiv(m, BM),)](
         weight, up, x, scale, add, y, eps, B, m, n, x.stride(0),
-        BM, BN, up is not None, scale is not None, add is not None, launch_pdl=True,
+        BM, BN, up is not None, scale is not None, add is not None, launch_pdl=launches_early(),
     )  # fmt: skip
     return y
 
@@ -128,7 +128,7 @@ def rope_append(
     rope_append_kernel[(n_head + G * owns_kv, B)](
         proj, cos, sin, pos, out, keys, values, proj.stride(0), *keys.stride()[:2], *values.stride()[:2],
         n_head, G, window, n_meta, E, F, triton.next_power_of_2(E // 2), triton.next_power_of_2(F),
-        num_warps=1, launch_pdl=True,
+        num_warps=1, launch_pdl=launches_early(),
     )  # fmt: skip
     return out
 
@@ -220,10 +220,10 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> Tensor:
     decode_split[(parts, G, B)](
         q, k, v, pos, o, lse, S, length, math.log2(math.e) / math.sqrt(E), *k.stride()[:2], *v.stride()[:2], H,
         R, max(16, triton.next_power_of_2(R)), E, F, triton.next_power_of_2(E), BF, BK, num_warps=4, num_stages=2,
-        launch_pdl=True,
+        launch_pdl=launches_early(),
     )  # fmt: skip
     if parts > 1:
-        decode_combine[(H, B)](o, lse, out, parts, F, BF, 32, launch_pdl=True)
+        decode_combine[(H, B)](o, lse, out, parts, F, BF, 32, launch_pdl=launches_early())
     return out
 
 
@@ -258,7 +258,7 @@ def conv_step(proj: Tensor, weight: Tensor, bias: Tensor, tail: Tensor) -> Tenso
     y = proj.new_empty(B, 1, D)
     conv_step_kernel[(triton.cdiv(D, 128), B)](
         proj[..., -2 * D :], weight, bias, tail, y, proj.stride(0), tail.stride(0), D, weight.shape[1], 128,
-        launch_pdl=True,
+        launch_pdl=launches_early(),
     )  # fmt: skip
     return y
 
@@ -307,6 +307,6 @@ def scan_step(
     scan_step_kernel[(triton.cdiv(d, 32), b)](
         x, dt, A_log, parameters[..., -2 * n :], D, proj[..., -d:], dt_bias, state, B_scale, C_scale, y, eps, d,
         x.stride(0), dt.stride(0), parameters.stride(0), proj.stride(0), state.stride(0),
-        n, triton.next_power_of_2(n), 32, B_scale is not None, num_warps=1, launch_pdl=True,
+        n, triton.next_power_of_2(n), 32, B_scale is not None, num_warps=1, launch_pdl=launches_early(),
     )  # fmt: skip
     return y

@@ -1,7 +1,7 @@
 """
 The operations of model.py as Triton kernels, with the same names and signatures: selective_scan, windowed_attention,
 causal_conv, and cross_entropy of ops.py. Then the ones of inference alone, for what lies between matrix products:
-apply_rope, swiglu and normed_sum. Optional: ops.py chooses them on NVIDIA GPUs from Hopper on. Beside each stands what
+apply_rope, swiglu and normed_sum. Optional: ops.py chooses them on NVIDIA GPUs from Ampere on. Beside each stands what
 inputs it takes. Nothing here knows of the model.
 
 Each kernel opens with the formula that it computes, its tiling and its floor. The kernels of training are PyTorch
@@ -27,14 +27,44 @@ from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")  # kernels then run on CPU tensors, for tests
+OVERRIDE = int(os.environ.get("TRITON_OVERRIDE_ARCH", "").strip("sma") or 0)  # sm80 asks for an older GPU's code path
+
+
+def capability(device: int | None = None) -> int:
+    """Of a GPU, ten times: 80 is an A100, 86 a 3090, 89 a 4090 or L4, 90 an H100, 100 a B200, 120 a 5090."""
+    if OVERRIDE or INTERPRET.value:
+        return OVERRIDE or 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+capability.__triton_builtin__ = True  # else Triton would not let launches_early call it
+
+
+@triton.constexpr_function
+def launches_early() -> bool:
+    """Whether a kernel may be launched before its predecessor has ended (programmatic dependent launch)."""
+    return not INTERPRET.value and capability() >= 90
+
+
+def loads_by_tma() -> bool:
+    """Whether attention's tiles are the ones of wgmma, fetched by the tensor memory accelerator. A consumer Blackwell
+    (120) has the accelerator, but neither wgmma nor the shared memory: it does as GPUs before Hopper do."""
+    return 90 <= capability() < 120
 
 
 def usable(x: Tensor) -> bool:
-    """Whether the kernels run on x: not in float64, and on NVIDIA's Hopper or later, as they load through its tensor
-    memory accelerator. (An AMD GPU calls itself cuda, too.)"""
+    """Whether the kernels run on x: not in float64, and on NVIDIA's GPUs from Ampere on. (AMD's call themselves cuda,
+    too.)"""
     nvidia = x.is_cuda and torch.version.hip is None
-    there = INTERPRET.value or (nvidia and torch.cuda.get_device_capability(x.device) >= (9, 0))
+    there = INTERPRET.value or (nvidia and capability(x.device.index) >= 80)
     return there and x.dtype != torch.float64
+
+
+def direct(op):
+    """An operator, or where neither gradients nor torch.compile ask for one, the function that it was made of: going
+    through PyTorch's dispatcher takes longer than a short prompt's kernels."""
+    return op if torch.is_grad_enabled() or torch.compiler.is_compiling() else getattr(op, "_init_fn", op)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -110,14 +140,21 @@ def _per_channel(ptr, d, D):
 
 
 @triton.jit
-def _load_tile(x_ptr, dt_ptr, z_ptr, B_ptr, C_ptr, x_t, dt_t, z_t, B_t, C_t, d, t, n, here, in_n, HAS_Z: tl.constexpr):
-    """The next tile of every input as it is in memory: x, dt, z (BD, TT), B, C (TT, BN)."""
+def _load_inner(x_ptr, dt_ptr, B_ptr, x_t, dt_t, B_t, d, t, n, here, in_n):
+    """What the states of the next tile are made from: x, dt (BD, TT), B (TT, BN)."""
     x = tl.load(x_ptr + d[:, None] + t[None, :] * x_t, mask=here, other=0.0)
     dt = tl.load(dt_ptr + d[:, None] + t[None, :] * dt_t, mask=here, other=0.0)
+    B = tl.load(B_ptr + t[:, None] * B_t + n[None, :], mask=in_n, other=0.0)
+    return x, dt, B
+
+
+@triton.jit
+def _load_tile(x_ptr, dt_ptr, z_ptr, B_ptr, C_ptr, x_t, dt_t, z_t, B_t, C_t, d, t, n, here, in_n, HAS_Z: tl.constexpr):
+    """The next tile of every input as it is in memory: x, dt, z (BD, TT), B, C (TT, BN)."""
+    x, dt, B = _load_inner(x_ptr, dt_ptr, B_ptr, x_t, dt_t, B_t, d, t, n, here, in_n)
     z = x
     if HAS_Z:
         z = tl.load(z_ptr + d[:, None] + t[None, :] * z_t, mask=here, other=0.0)
-    B = tl.load(B_ptr + t[:, None] * B_t + n[None, :], mask=in_n, other=0.0)
     C = tl.load(C_ptr + t[:, None] * C_t + n[None, :], mask=in_n, other=0.0)
     return x, dt, z, B, C
 
@@ -234,7 +271,7 @@ def scan_forward_kernel(
     for t0 in range(0, stop, TT):
         if SAVE:
             if t0 % CHUNK == 0:
-                tl.store(chunk_ptr + state, h.to(chunk_ptr.dtype.element_ty), mask=in_state)
+                tl.store(chunk_ptr + state, h, mask=in_state)
                 chunk_ptr += D * N
         x, dt, z = x_next.to(tl.float32), dt_next.to(tl.float32), z_next.to(tl.float32)
         Bt, Ct = _spread(B_next, BD), _spread(C_next, BD)
@@ -270,7 +307,7 @@ def scan_forward_kernel(
 @triton.jit
 def scan_backward_kernel(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, chunk_ptr, dy_ptr, dhT_ptr, adds_ptr, total_ptr,
-    dx_ptr, ddt_ptr, dz_ptr, dB_ptr, dC_ptr, dA_ptr, dD_ptr, dbias_ptr, dh0_ptr,
+    tile_ptr, dx_ptr, ddt_ptr, dz_ptr, dB_ptr, dC_ptr, dA_ptr, dD_ptr, dbias_ptr, dh0_ptr,
     T, D, length, x_b, x_t, dt_b, dt_t, B_b, B_t, C_b, C_t, z_b, z_t, dy_b, dy_t,
     N: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, TT: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr,
     HAS_Z: tl.constexpr,
@@ -282,11 +319,8 @@ def scan_backward_kernel(
         q_t  = a_t g_t h_{t-1}        dA = sum_t dt_t q_t              ddt_t = (sum_n A q_t + x_t du_t) softplus'
         dx_t = dt_t du_t + D dout_t   dz_t = dy_t (C_t . h_t + D x_t) silu'(z_t)
 
-    Nothing of size (B, T, D, N) is stored: h restarts from the saved state of its chunk (one or two tiles) and stays in
-    registers for one tile. Grid (D / BD, segments, B), one warp each. The limit is no longer exp2 but instructions: 40
-    a (token, channel, state), of which 18 multiply-adds, 4.5 shuffles and as many additions for the sums across lanes,
-    at 8 warps a multiprocessor, as each thread needs all registers there are. dB and dC are sums over the program's BD
-    channels, added over programs afterwards, as are dA, dD and dbias over segments and batch.
+    Nothing of size (B, T, D, N) is stored. From the saved state before a CHUNK of tokens, h is taken forward once more,
+    and its values before each tile wait in a few KB of tile_ptr, which stay in the L2 cache.
     """
     d, t, n, in_d, state, in_state, A = _own(A_ptr, D, N, BN, BD, TT, K)
     skip = _per_channel(D_ptr, d, D)
@@ -295,14 +329,13 @@ def scan_backward_kernel(
     n_segment = tl.num_programs(1)
     b = tl.program_id(2).to(tl.int64)
     start = segment.to(tl.int64) * length
-    n_tile = tl.cdiv(tl.minimum(length, T - start), TT)
-    t0 = start + (n_tile - 1) * TT
-    x_ptr += b * x_b + t0 * x_t
-    dt_ptr += b * dt_b + t0 * dt_t
-    z_ptr += b * z_b + t0 * z_t
-    B_ptr += b * B_b + t0 * B_t
-    C_ptr += b * C_b + t0 * C_t
-    dy_ptr += b * dy_b + t0 * dy_t
+    stop = tl.minimum(start + length, T)
+    x_ptr += b * x_b
+    dt_ptr += b * dt_b
+    z_ptr += b * z_b
+    B_ptr += b * B_b
+    C_ptr += b * C_b
+    dy_ptr += b * dy_b
     dx_ptr += b * T * D
     ddt_ptr += b * T * D
     dz_ptr += b * T * D
@@ -310,6 +343,8 @@ def scan_backward_kernel(
     dC_ptr += (tl.program_id(0) * tl.num_programs(2) + b) * T * N
     chunk_ptr += b * tl.cdiv(T, CHUNK) * D * N
     adds_ptr += b * n_segment * D * N
+    tile_ptr += ((b * n_segment + segment) * tl.num_programs(0) + tl.program_id(0)) * (CHUNK // TT * BN * BD)
+    tile_ptr += tl.arange(0, BN)[None, None, :] * BD + tl.max_contiguous(tl.arange(0, BD), K)[:, None, None]
     dh = tl.load(dhT_ptr + b * D * N + d[:, None, None] * N + n[None, None, :], mask=in_state, other=0.0)
     dh = _enter(
         dh, A, adds_ptr, total_ptr + b * n_segment * D, n_segment - 1, segment, -1, state, d, D, in_state, N
@@ -317,92 +352,105 @@ def scan_backward_kernel(
     dA = tl.zeros((BD, 1, BN), tl.float32)
     dD = tl.zeros((BD, TT), tl.float32)
     dbias = tl.zeros((BD, TT), tl.float32)
-    # As in the forward kernel, the next tile's loads go out before this tile's arithmetic.
-    here = in_d[:, None] & (t0 + t < T)[None, :]
-    in_n = (t0 + t < T)[:, None] & (n < N)[None, :]
-    x_next, dt_next, z_next, B_next, C_next = _load_tile(
-        x_ptr, dt_ptr, z_ptr, B_ptr, C_ptr, x_t, dt_t, z_t, B_t, C_t, d, t, n, here, in_n, HAS_Z
-    )
-    dy_next = tl.load(dy_ptr + d[:, None] + t[None, :] * dy_t, mask=here, other=0.0)
-    saved = tl.load(chunk_ptr + (t0 // CHUNK) * D * N + state, mask=in_state, other=0.0).to(tl.float32)
-    for i in range(0, n_tile):
-        t0 = start + (n_tile - 1 - i) * TT
-        if t0 % CHUNK == CHUNK - TT:
-            saved = tl.load(chunk_ptr + (t0 // CHUNK) * D * N + state, mask=in_state, other=0.0).to(tl.float32)
-        x, dt, z = x_next.to(tl.float32), dt_next.to(tl.float32), z_next.to(tl.float32)
-        dy = dy_next.to(tl.float32)
-        Bt, Ct = _spread(B_next, BD), _spread(C_next, BD)
-        x_ptr -= TT * x_t
-        dt_ptr -= TT * dt_t
-        z_ptr -= TT * z_t
-        B_ptr -= TT * B_t
-        C_ptr -= TT * C_t
-        dy_ptr -= TT * dy_t
-        here = in_d[:, None] & (t >= 0)[None, :] & (i + 1 < n_tile)
-        in_n = (t >= 0)[:, None] & (n < N)[None, :] & (i + 1 < n_tile)
-        x_next, dt_next, z_next, B_next, C_next = _load_tile(
-            x_ptr, dt_ptr, z_ptr, B_ptr, C_ptr, x_t, dt_t, z_t, B_t, C_t, d, t, n, here, in_n, HAS_Z
+    for i in range(0, tl.cdiv(stop - start, CHUNK)):
+        c = tl.cdiv(stop, CHUNK) - 1 - i
+        t0 = c * CHUNK
+        n_tile = tl.cdiv(tl.minimum(stop - t0, CHUNK), TT)
+        # Forward once more, over all tiles but the last. The next tile's loads go out before this tile's arithmetic.
+        h = tl.load(chunk_ptr + c * D * N + state, mask=in_state, other=0.0)
+        here = in_d[:, None] & (t < stop - t0)[None, :]
+        in_n = (t < stop - t0)[:, None] & (n < N)[None, :]
+        x_next, dt_next, B_next = _load_inner(
+            x_ptr + t0 * x_t, dt_ptr + t0 * dt_t, B_ptr + t0 * B_t, x_t, dt_t, B_t, d, t, n, here, in_n
         )
-        dy_next = tl.load(dy_ptr + d[:, None] + t[None, :] * dy_t, mask=here, other=0.0)
-        h = saved
-        if CHUNK > TT:
-            if t0 % CHUNK != 0:  # the chunk's second tile: the saved state, advanced over the first
-                dts = tl.where(in_d[:, None], softplus(dt_next.to(tl.float32) + bias), 0.0)
-                Bs = _spread(B_next, BD)
-                us_p = _pin(dts * x_next.to(tl.float32), 1)[:, :, None]
-                dts_p = _pin(dts, 1)[:, :, None]
-                for j in tl.static_range(TT):
-                    h = tl.exp2(_token(dts_p, j) * A) * h + _token(us_p, j) * _token(Bs, j)
+        tl.store(tile_ptr, h)
+        for i_tile in range(1, n_tile):
+            x, dt = x_next.to(tl.float32), softplus(dt_next.to(tl.float32) + bias)
+            Bt = _spread(B_next, BD)
+            t0 += TT
+            here = in_d[:, None] & (t < stop - t0)[None, :]
+            in_n = (t < stop - t0)[:, None] & (n < N)[None, :]
+            x_next, dt_next, B_next = _load_inner(
+                x_ptr + t0 * x_t, dt_ptr + t0 * dt_t, B_ptr + t0 * B_t, x_t, dt_t, B_t, d, t, n, here, in_n
+            )
+            u_p = _pin(dt * x, 1)[:, :, None]
+            dt_p = _pin(dt, 1)[:, :, None]
+            for j in tl.static_range(TT):
+                h = tl.exp2(_token(dt_p, j) * A) * h + _token(u_p, j) * _token(Bt, j)
+            tl.store(tile_ptr + i_tile * (BN * BD), h)
 
-        here = in_d[:, None] & (t0 + t < T)[None, :]
-        in_n = (t0 + t < T)[:, None] & (n < N)[None, :]
-        dt += bias
-        dsoftplus = tl.where(here, sigmoid(dt), 0.0)
-        dt = tl.where(here, softplus(dt), 0.0)
-        dout = dy
-        if HAS_Z:
-            sig = sigmoid(z)
-            dout = dy * z * sig
-        dt_p = _pin(dt, 1)[:, :, None]
-        u_p = _pin(dt * x, 1)[:, :, None]
-        dout_p = _pin(dout, 1)[:, :, None]
+        # Backwards over the tiles.
+        here = in_d[:, None] & (t < stop - t0)[None, :]
+        in_n = (t < stop - t0)[:, None] & (n < N)[None, :]
+        x_next, dt_next, z_next, B_next, C_next = _load_tile(
+            x_ptr + t0 * x_t, dt_ptr + t0 * dt_t, z_ptr + t0 * z_t, B_ptr + t0 * B_t, C_ptr + t0 * C_t,
+            x_t, dt_t, z_t, B_t, C_t, d, t, n, here, in_n, HAS_Z,
+        )  # fmt: skip
+        dy_next = tl.load(dy_ptr + t0 * dy_t + d[:, None] + t[None, :] * dy_t, mask=here, other=0.0)
+        for i_tile in range(n_tile):
+            x, dt, z = x_next.to(tl.float32), dt_next.to(tl.float32), z_next.to(tl.float32)
+            dy = dy_next.to(tl.float32)
+            Bt, Ct = _spread(B_next, BD), _spread(C_next, BD)
+            here = in_d[:, None] & (t < stop - t0)[None, :]
+            in_n = (t < stop - t0)[:, None] & (n < N)[None, :]
+            h = tl.load(tile_ptr + (n_tile - 1 - i_tile) * (BN * BD))
+            t1 = tl.maximum(t0 - TT, 0)
+            more = in_d[:, None] & (t >= 0)[None, :] & (i_tile + 1 < n_tile)
+            more_n = (t >= 0)[:, None] & (n < N)[None, :] & (i_tile + 1 < n_tile)
+            x_next, dt_next, z_next, B_next, C_next = _load_tile(
+                x_ptr + t1 * x_t, dt_ptr + t1 * dt_t, z_ptr + t1 * z_t, B_ptr + t1 * B_t, C_ptr + t1 * C_t,
+                x_t, dt_t, z_t, B_t, C_t, d, t, n, more, more_n, HAS_Z,
+            )  # fmt: skip
+            dy_next = tl.load(dy_ptr + t1 * dy_t + d[:, None] + t[None, :] * dy_t, mask=more, other=0.0)
 
-        # Forward again within the tile, keeping each token's h_{t-1} in registers ...
-        before = tl.zeros((BD, TT, BN), tl.float32)
-        dC = tl.zeros((TT, BN), tl.float32)
-        y = tl.zeros((BD, TT), tl.float32)
-        for j in tl.static_range(TT):
-            before = tl.where((t == j)[None, :, None], h, before)
-            h = tl.exp2(_token(dt_p, j) * A) * h + _token(u_p, j) * _token(Bt, j)
-            dC = tl.where((t == j)[:, None], tl.sum(_token(dout_p, j) * h, 0), dC)
+            dt += bias
+            dsoftplus = tl.where(here, sigmoid(dt), 0.0)
+            dt = tl.where(here, softplus(dt), 0.0)
+            dout = dy
             if HAS_Z:
-                y = tl.where((t == j)[None, :], tl.sum(h * _token(Ct, j), 2), y)
-        # ... and back: g_t = dL/dh_t = C_t dout_t + dh, where dh = a_{t+1} g_{t+1} is handed from token to token.
-        dB = tl.zeros((TT, BN), tl.float32)
-        du = tl.zeros((BD, TT), tl.float32)
-        ddt = tl.zeros((BD, TT), tl.float32)
-        for j in tl.static_range(TT - 1, -1, -1):
-            g = _token(dout_p, j) * _token(Ct, j) + dh
-            dB = tl.where((t == j)[:, None], tl.sum(_token(u_p, j) * g, 0), dB)
-            du = tl.where((t == j)[None, :], tl.sum(g * _token(Bt, j), 2), du)
-            dh = tl.exp2(_token(dt_p, j) * A) * g
-            q = dh * _token(before, j)
-            dA += q * _token(dt_p, j)
-            ddt = tl.where((t == j)[None, :], tl.sum(q * A, 2), ddt)
+                sig = sigmoid(z)
+                dout = dy * z * sig
+            dt_p = _pin(dt, 1)[:, :, None]
+            u_p = _pin(dt * x, 1)[:, :, None]
+            dout_p = _pin(dout, 1)[:, :, None]
 
-        part = t0 * N + t[:, None] * N + n[None, :]
-        tl.store(dC_ptr + part, dC.to(dC_ptr.dtype.element_ty), mask=in_n)
-        tl.store(dB_ptr + part, dB.to(dB_ptr.dtype.element_ty), mask=in_n)
-        dx = du * dt + skip * dout
-        ddt = (ddt * LN2 + du * x) * dsoftplus
-        dD += dout * x
-        dbias += ddt
-        tile = t0 * D + d[:, None] + t[None, :] * D
-        if HAS_Z:
-            dz = dy * (y + skip * x) * sig * (1.0 + z * (1.0 - sig))
-            tl.store(dz_ptr + tile, dz.to(dz_ptr.dtype.element_ty), mask=here)
-        tl.store(dx_ptr + tile, dx.to(dx_ptr.dtype.element_ty), mask=here)
-        tl.store(ddt_ptr + tile, ddt.to(ddt_ptr.dtype.element_ty), mask=here)
+            # Forward again within the tile, keeping each token's h_{t-1} in registers ...
+            before = tl.zeros((BD, TT, BN), tl.float32)
+            dC = tl.zeros((TT, BN), tl.float32)
+            y = tl.zeros((BD, TT), tl.float32)
+            for j in tl.static_range(TT):
+                before = tl.where((t == j)[None, :, None], h, before)
+                h = tl.exp2(_token(dt_p, j) * A) * h + _token(u_p, j) * _token(Bt, j)
+                dC = tl.where((t == j)[:, None], tl.sum(_token(dout_p, j) * h, 0), dC)
+                if HAS_Z:
+                    y = tl.where((t == j)[None, :], tl.sum(h * _token(Ct, j), 2), y)
+            # ... and back: g_t = dL/dh_t = C_t dout_t + dh, where dh = a_{t+1} g_{t+1} is handed from token to token.
+            dB = tl.zeros((TT, BN), tl.float32)
+            du = tl.zeros((BD, TT), tl.float32)
+            ddt = tl.zeros((BD, TT), tl.float32)
+            for j in tl.static_range(TT - 1, -1, -1):
+                g = _token(dout_p, j) * _token(Ct, j) + dh
+                dB = tl.where((t == j)[:, None], tl.sum(_token(u_p, j) * g, 0), dB)
+                du = tl.where((t == j)[None, :], tl.sum(g * _token(Bt, j), 2), du)
+                dh = tl.exp2(_token(dt_p, j) * A) * g
+                q = dh * _token(before, j)
+                dA += q * _token(dt_p, j)
+                ddt = tl.where((t == j)[None, :], tl.sum(q * A, 2), ddt)
+
+            part = t0 * N + t[:, None] * N + n[None, :]
+            tl.store(dC_ptr + part, dC.to(dC_ptr.dtype.element_ty), mask=in_n)
+            tl.store(dB_ptr + part, dB.to(dB_ptr.dtype.element_ty), mask=in_n)
+            dx = du * dt + skip * dout
+            ddt = (ddt * LN2 + du * x) * dsoftplus
+            dD += dout * x
+            dbias += ddt
+            tile = t0 * D + d[:, None] + t[None, :] * D
+            if HAS_Z:
+                dz = dy * (y + skip * x) * sig * (1.0 + z * (1.0 - sig))
+                tl.store(dz_ptr + tile, dz.to(dz_ptr.dtype.element_ty), mask=here)
+            tl.store(dx_ptr + tile, dx.to(dx_ptr.dtype.element_ty), mask=here)
+            tl.store(ddt_ptr + tile, ddt.to(ddt_ptr.dtype.element_ty), mask=here)
+            t0 = t1
     row = b * n_segment + segment
     tl.store(dA_ptr + row * D * N + d[:, None, None] * N + n[None, None, :], dA, mask=in_state)
     tl.store(dD_ptr + row * D + d, tl.sum(dD, 1), mask=in_d)
@@ -443,12 +491,7 @@ def _rows(tensor):
     return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-CHUNK = 8  # tokens between saved states: 2 N / CHUNK bytes per token and channel in bfloat16, 4 N / CHUNK in float32
-
-
-def _memory_dtype(x: Tensor) -> torch.dtype:
-    """Of saved states and partial sums. Under bfloat16 they are rounded to it, as all else is that passes memory."""
-    return torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+CHUNK = 32  # tokens between saved states: 4 N / CHUNK bytes per token and channel, in float32
 
 
 def _tiles(n: int, channels: int, lanes: int, tokens: int) -> dict:
@@ -487,7 +530,7 @@ def _scan_forward(
     f32 = dict(dtype=torch.float32, device=x.device)
     y = x.new_empty(b, t, d)
     last = torch.empty(b, d, n, **f32)
-    chunks = torch.empty(b, triton.cdiv(t, CHUNK) if save else 0, n, d, dtype=_memory_dtype(x), device=x.device)
+    chunks = torch.empty(b, triton.cdiv(t, CHUNK) if save else 0, n, d, **f32)
     x, dt, B, C, z = map(_rows, (x, dt, B.float(), C.float(), z))  # every program reads B and C: converted once
     A = A.t().contiguous()  # (N, D): channels contiguous here too
     state = torch.zeros(b, n, d, **f32) if state is None else state.transpose(1, 2).contiguous()
@@ -520,7 +563,7 @@ def _(x, dt, A, B, C, D, z, dt_bias, state, save):
     b, t, d = x.shape
     n = A.shape[1]
     n_chunk = (t + CHUNK - 1) // CHUNK if save else 0
-    chunks = x.new_empty(b, n_chunk, n, d, dtype=_memory_dtype(x))
+    chunks = x.new_empty(b, n_chunk, n, d, dtype=torch.float32)
     return x.new_empty(b, t, d), x.new_empty(b, d, n, dtype=torch.float32), chunks
 
 
@@ -549,16 +592,20 @@ def _scan_backward(
         )  # fmt: skip
     dx, ddt = x.new_empty(b, t, d), dt.new_empty(b, t, d)
     dz = z.new_empty(b, t, d) if has_z else dx
-    dB, dC = torch.empty(2, n_block, b, t, n, dtype=chunks.dtype, device=x.device)  # of each program
+    # Sums over a program's channels. In bfloat16, rounding them adds as much error as rounding the result, and float32
+    # would take 6% longer. (Not in float16, in which small gradients vanish.)
+    sums = torch.bfloat16 if B.dtype == torch.bfloat16 else torch.float32
+    dB, dC = torch.empty(2, n_block, b, t, n, dtype=sums, device=x.device)
+    states = torch.empty(n_block * n_segment * b, CHUNK // tile["TT"], tile["BN"], tile["BD"], **f32)
     dA = torch.empty(b, n_segment, d, n, **f32)
     dD, dbias = torch.empty(2, b, n_segment, d, **f32)
     dstate = torch.empty(b, d, n, **f32)
     scan_backward_kernel[(n_block, n_segment, b)](
-        x, dt, A, B, C, skip, gate, bias, chunks, dy, dlast, adds, total,
+        x, dt, A, B, C, skip, gate, bias, chunks, dy, dlast, adds, total, states,
         dx, ddt, dz, dB, dC, dA, dD, dbias, dstate, t, d, length, *_strides(x, dt, B, C, gate, dy),
         CHUNK=CHUNK, HAS_Z=has_z, **tile,
     )  # fmt: skip
-    grads = [dx, ddt, dA.sum((0, 1)), dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype)]
+    grads = [dx, ddt, dA.sum((0, 1)), *(u.sum(0, dtype=torch.float32).to(B.dtype) for u in (dB, dC))]
     grads.append(x.new_empty(0) if D is None else dD.sum((0, 1)).to(D.dtype))
     grads.append(x.new_empty(0) if z is None else dz)
     grads.append(x.new_empty(0) if dt_bias is None else dbias.sum((0, 1)).to(dt_bias.dtype))
@@ -610,14 +657,54 @@ def selective_scan(
     x, dt, z (B, T, D), B, C (B, T, N): bfloat16, float16 or float32, any strides if the last is 1 (else copied).
     A (D, N) float32, negative. D, dt_bias (D,). state (B, D, N) float32, or None for zeros. N up to 128; 16 is fastest.
     Returns y (B, T, D) in x's dtype and the float32 state after the last token. All inputs get gradients, state too.
-    Kept for backward: the inputs and one state per CHUNK tokens, in bfloat16 if x is, else in float32.
+    Kept for backward: the inputs and one float32 state per CHUNK tokens.
     Raises ValueError where shapes or dtypes do not fit.
     """
     _check(x, dt, A, B, C, D, z, dt_bias, state)
     given = [a for a in (x, dt, A, B, C, D, z, dt_bias, state) if a is not None]
     save = torch.is_grad_enabled() and any(a.requires_grad for a in given)
-    y, last, _ = _scan_forward(x, dt, A, B, C, D, z, dt_bias, state, save)
+    y, last, _ = direct(_scan_forward)(x, dt, A, B, C, D, z, dt_bias, state, save)
     return y, last
+
+
+def selective_scan_fn(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """selective_scan with the name, the signature and the layout of mamba-ssm's function, for models written for that.
+
+    u, delta, z (B, D, T) with any strides (copied unless channels are dense); A (D, N); B, C (B, N, T), or
+    (B, 1, N, T); D, delta_bias (D,). Returns y (B, D, T) in u's dtype, and with return_last_state the state (B, D, N).
+    Raises ValueError for what mamba-ssm's can do and this one cannot: delta_softplus=False, complex A, B and C that do
+    not change with time or belong to several groups.
+    """
+    if not delta_softplus:
+        raise ValueError("selective_scan_fn: delta_softplus=False is not supported; pass delta_softplus=True")
+    if A.is_complex():
+        raise ValueError("selective_scan_fn: complex A is not supported; use a real one (S4D-real, as Mamba has)")
+    if not takes_scan(u, delta, A):
+        given = f"{u.dtype} on {u.device}, A {tuple(A.shape)}"
+        raise ValueError(
+            f"selective_scan_fn: needs an NVIDIA GPU from Ampere on, at most 32 bits, 128 states; got {given}"
+        )
+    rows = []
+    for name, tensor in (("B", B), ("C", C)):
+        if tensor.dim() == 4 and tensor.shape[1] == 1:
+            tensor = tensor.squeeze(1)
+        if tensor.dim() != 3:
+            raise ValueError(f"selective_scan_fn: {name} must be (batch, N, T), one group; got {tuple(tensor.shape)}")
+        rows.append(tensor.mT)
+    u, delta, z = (x if x is None else x.mT for x in (u, delta, z))
+    y, last = selective_scan(u, delta, A.float(), *rows, D, z, delta_bias)
+    return (y.mT, last) if return_last_state else y.mT
 
 
 # Sizes that may take any value without compiling anew.
@@ -646,17 +733,35 @@ SIZES = ["T", "S", "H", "R", "window", "n_meta", "chunk", "n_chunk", "n_long", "
 #
 # All scores are in units of log2: scale holds log2(e) / sqrt(E), and exponentials are exp2.
 
-QUERIES, KEYS, WARPS = 64, 64, 4  # one program's tile, and the warps that work on it
-FLOAT32 = 32, 32, 8  # float32 has no tensor core: plain multiply-adds with operands in registers
-CHUNK_QUERIES = (
-    1024  # queries per partial sum for keys that all queries see: about a window, so that programs are alike
-)
+CHUNK_QUERIES = 1024  # per partial sum for keys that all queries see: about a window, so that programs are alike
 
 
 @triton.jit
-def load_tile(x, b, h, row, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Rows row ... row + ROWS of head h of batch b. Rows and columns past the tensor's end come back as zeros."""
-    return x.load([b, h, row, 0]).reshape(ROWS, COLS)
+def load_tile(x, b, h, row, N, ROWS: tl.constexpr, COLS: tl.constexpr, WHOLE: tl.constexpr):
+    """Rows row ... row + ROWS of head h of batch b, of x (B, N, H, size). What lies past the end comes back as zeros;
+    WHOLE: no row does. x is a descriptor or, without the accelerator, a pointer and steps: see `tiles`."""
+    if isinstance(x, tl.tensor_descriptor):
+        tile = x.load([b, h, row, 0]).reshape(ROWS, COLS)
+    else:
+        pointer, x_b, x_t, x_h, size = x
+        rows, cols = tl.arange(0, ROWS)[:, None], tl.arange(0, COLS)[None, :]
+        pointer += tl.cast(b, tl.int64) * x_b + tl.cast(row, tl.int64) * x_t + h * x_h
+        here = cols < size
+        if not WHOLE:
+            here = here & (row + rows < N)
+        tile = tl.load(pointer + rows * x_t + cols, mask=here, other=0.0)
+    return tile
+
+
+@triton.jit
+def load_rows(x, b, h, row, T, H, ROWS: tl.constexpr):
+    """Numbers row ... row + ROWS of head h of batch b, of lse or delta."""
+    if isinstance(x, tl.tensor_descriptor):
+        numbers = x.load([b, h, row]).reshape(ROWS)
+    else:
+        i = row + tl.arange(0, ROWS)
+        numbers = tl.load(x + row_offset(b, h, T, H) + i, mask=i < T, other=0.0)
+    return numbers
 
 
 @triton.jit
@@ -721,10 +826,10 @@ def query_tiles(k0, T, S, window, n_meta, BQ: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
-def forward_tile(acc, m, total, query, k, v, b, g, k0, position, window, n_meta, scale,
+def forward_tile(acc, m, total, query, k, v, b, g, k0, S, position, window, n_meta, scale,
                  BE: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
     """One step of the running softmax: shrink what is there to the new row maximum m, add one key tile."""
-    key = load_tile(k, b, g, k0, BK, BE)
+    key = load_tile(k, b, g, k0, S, BK, BE, not EDGE)
     score = tl.dot(query, key.T, input_precision="ieee")  # (BQ, BK)
     if EDGE:
         seen = visible(position[:, None], k0 + tl.arange(0, BK)[None, :], window, n_meta)
@@ -733,7 +838,7 @@ def forward_tile(acc, m, total, query, k, v, b, g, k0, position, window, n_meta,
     p = tl.exp2(score * scale - m_new[:, None])
     shrink = tl.exp2(m - m_new)
     total = total * shrink + tl.sum(p, 1)
-    value = load_tile(v, b, g, k0, BK, BF)
+    value = load_tile(v, b, g, k0, S, BK, BF, not EDGE)
     acc = tl.dot(p.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")  # (BQ, BF)
     return acc, m_new, total
 
@@ -754,7 +859,7 @@ def attention_forward(q, k, v, o, lse, T, S, H, R, window, n_meta, scale,
     q0 = (tl.cdiv(T, BQ) - 1 - tl.program_id(0) // H) * BQ
     first = q0 + S - T
     position = first + tl.arange(0, BQ)
-    query = load_tile(q, b, h, q0, BQ, BE)
+    query = load_tile(q, b, h, q0, T, BQ, BE, False)
     acc = tl.zeros((BQ, BF), tl.float32)
     m = tl.full((BQ,), -1e30, tl.float32)  # finite: a row that has seen nothing yet stays free of NaN
     total = tl.zeros((BQ,), tl.float32)
@@ -762,13 +867,13 @@ def attention_forward(q, k, v, o, lse, T, S, H, R, window, n_meta, scale,
     ka, kb, kc, kd, ke, kf = key_tiles(first, tl.minimum(first + BQ, S) - 1, window, n_meta, BK)
     for i in tl.range(ka + ke - kd):
         k0 = tl.where(i < ka, i, i - ka + kd) * BK
-        acc, m, total = forward_tile(acc, m, total, query, k, v, b, h // R, k0, position, window, n_meta, scale,
-                                 BE, BF, BK, False)  # fmt: skip
+        acc, m, total = forward_tile(acc, m, total, query, k, v, b, h // R, k0, S, position, window, n_meta, scale,
+                                     BE, BF, BK, False)  # fmt: skip
     for i in tl.range(kb - ka + kd - kc + kf - ke):
         tile = tl.where(i < kb - ka, ka + i, i - (kb - ka) + kc)
         k0 = tl.where(tile < kd, tile, tile - kd + ke) * BK
-        acc, m, total = forward_tile(acc, m, total, query, k, v, b, h // R, k0, position, window, n_meta, scale,
-                                 BE, BF, BK, True)  # fmt: skip
+        acc, m, total = forward_tile(acc, m, total, query, k, v, b, h // R, k0, S, position, window, n_meta, scale,
+                                     BE, BF, BK, True)  # fmt: skip
 
     row = q0 + tl.arange(0, BQ)
     tl.store(lse + row_offset(b, h, T, H) + row, m + tl.log2(total), mask=row < T)
@@ -776,11 +881,11 @@ def attention_forward(q, k, v, o, lse, T, S, H, R, window, n_meta, scale,
 
 
 @triton.jit
-def backward_q_tile(dq, query, grad, lse, delta, k, v, b, g, k0, position, window, n_meta, scale,
+def backward_q_tile(dq, query, grad, lse, delta, k, v, b, g, k0, S, position, window, n_meta, scale,
                     BE: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
     """dq += ds k for one key tile."""
-    key = load_tile(k, b, g, k0, BK, BE)
-    value = load_tile(v, b, g, k0, BK, BF)
+    key = load_tile(k, b, g, k0, S, BK, BE, not EDGE)
+    value = load_tile(v, b, g, k0, S, BK, BF, not EDGE)
     score = tl.dot(query, key.T, input_precision="ieee")  # (BQ, BK)
     dp = tl.dot(grad, value.T, input_precision="ieee")  # (BQ, BK)
     p = tl.exp2(score * scale - lse[:, None])
@@ -805,12 +910,12 @@ def attention_backward_q(q, k, v, o, do, lse, delta, dq, T, S, H, R, window, n_m
     row = q0 + tl.arange(0, BQ)
     rows = row_offset(b, h, T, H) + row
 
-    grad = load_tile(do, b, h, q0, BQ, BF)
-    out = load_tile(o, b, h, q0, BQ, BF)
+    grad = load_tile(do, b, h, q0, T, BQ, BF, False)
+    out = load_tile(o, b, h, q0, T, BQ, BF, False)
     row_delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
     tl.store(delta + rows, row_delta, mask=row < T)
     row_lse = tl.load(lse + rows, mask=row < T, other=0.0)
-    query = load_tile(q, b, h, q0, BQ, BE)
+    query = load_tile(q, b, h, q0, T, BQ, BE, False)
     acc = tl.zeros((BQ, BE), tl.float32)
 
     first = q0 + S - T
@@ -818,33 +923,33 @@ def attention_backward_q(q, k, v, o, do, lse, delta, dq, T, S, H, R, window, n_m
     ka, kb, kc, kd, ke, kf = key_tiles(first, tl.minimum(first + BQ, S) - 1, window, n_meta, BK)
     for i in tl.range(ka + ke - kd):
         k0 = tl.where(i < ka, i, i - ka + kd) * BK
-        acc = backward_q_tile(acc, query, grad, row_lse, row_delta, k, v, b, h // R, k0, position, window, n_meta,
+        acc = backward_q_tile(acc, query, grad, row_lse, row_delta, k, v, b, h // R, k0, S, position, window, n_meta,
                               scale, BE, BF, BK, False)  # fmt: skip
     for i in tl.range(kb - ka + kd - kc + kf - ke):
         tile = tl.where(i < kb - ka, ka + i, i - (kb - ka) + kc)
         k0 = tl.where(tile < kd, tile, tile - kd + ke) * BK
-        acc = backward_q_tile(acc, query, grad, row_lse, row_delta, k, v, b, h // R, k0, position, window, n_meta,
+        acc = backward_q_tile(acc, query, grad, row_lse, row_delta, k, v, b, h // R, k0, S, position, window, n_meta,
                               scale, BE, BF, BK, True)  # fmt: skip
 
     store_tile(dq, acc * (scale * LN2), b, h, q0, T, H, E, E, BQ, BE)  # ln 2: scale is in units of log2
 
 
 @triton.jit
-def backward_kv_tile(dk, dv, key, value, q, do, lse, delta, b, h, q0, k0, offset, window, n_meta, scale,
+def backward_kv_tile(dk, dv, key, value, q, do, lse, delta, b, h, q0, T, H, k0, offset, window, n_meta, scale,
                      BE: tl.constexpr, BF: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
                      EDGE: tl.constexpr):  # fmt: skip
     """dv += p^T do and dk += ds^T q for one query tile."""
-    row_lse = lse.load([b, h, q0]).reshape(BQ)
-    row_delta = delta.load([b, h, q0]).reshape(BQ)
-    query = load_tile(q, b, h, q0, BQ, BE)
-    grad = load_tile(do, b, h, q0, BQ, BF)
+    row_lse = load_rows(lse, b, h, q0, T, H, BQ)
+    query = load_tile(q, b, h, q0, T, BQ, BE, not EDGE)
+    grad = load_tile(do, b, h, q0, T, BQ, BF, not EDGE)
     score = tl.dot(key, query.T, input_precision="ieee")  # (BK, BQ)
     p = tl.exp2(score * scale - row_lse[None, :])
     if EDGE:
         position = q0 + offset + tl.arange(0, BQ)
         p = tl.where(visible(position[None, :], k0 + tl.arange(0, BK)[:, None], window, n_meta), p, 0.0)
-    dp = tl.dot(value, grad.T, input_precision="ieee")  # (BK, BQ)
     dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision="ieee")
+    row_delta = load_rows(delta, b, h, q0, T, H, BQ)
+    dp = tl.dot(value, grad.T, input_precision="ieee")  # (BK, BQ)
     ds = p * (dp - row_delta[None, :])
     dk = tl.dot(ds.to(query.dtype), query, dk, input_precision="ieee")
     return dk, dv
@@ -872,8 +977,8 @@ def attention_backward_kv(q, k, v, do, lse, delta, dk, dv, partial, T, S, H, R, 
     tile = tl.where(is_long, item // n_chunk, item - n_long * n_chunk + n_long)
     part = tl.where(is_long, item % n_chunk, 0)
     k0 = tile * BK
-    key = load_tile(k, b, g, k0, BK, BE)
-    value = load_tile(v, b, g, k0, BK, BF)
+    key = load_tile(k, b, g, k0, S, BK, BE, False)
+    value = load_tile(v, b, g, k0, S, BK, BF, False)
     acc_k = tl.zeros((BK, BE), tl.float32)
     acc_v = tl.zeros((BK, BF), tl.float32)
 
@@ -886,13 +991,13 @@ def attention_backward_kv(q, k, v, do, lse, delta, dk, dv, partial, T, S, H, R, 
     n = qc - qb
     for i in tl.range(n * R):
         q0 = (qb + i % n) * BQ
-        acc_k, acc_v = backward_kv_tile(acc_k, acc_v, key, value, q, do, lse, delta, b, g * R + i // n, q0, k0, S - T,
-                                        window, n_meta, scale, BE, BF, BQ, BK, False)  # fmt: skip
+        acc_k, acc_v = backward_kv_tile(acc_k, acc_v, key, value, q, do, lse, delta, b, g * R + i // n, q0, T, H, k0,
+                                        S - T, window, n_meta, scale, BE, BF, BQ, BK, False)  # fmt: skip
     n = qb - qa + qd - qc
     for i in tl.range(n * R):
         q0 = tl.where(qa + i % n < qb, qa + i % n, qa + i % n - qb + qc) * BQ
-        acc_k, acc_v = backward_kv_tile(acc_k, acc_v, key, value, q, do, lse, delta, b, g * R + i // n, q0, k0, S - T,
-                                        window, n_meta, scale, BE, BF, BQ, BK, True)  # fmt: skip
+        acc_k, acc_v = backward_kv_tile(acc_k, acc_v, key, value, q, do, lse, delta, b, g * R + i // n, q0, T, H, k0,
+                                        S - T, window, n_meta, scale, BE, BF, BQ, BK, True)  # fmt: skip
 
     acc_k *= scale * LN2
     if is_long:
@@ -904,12 +1009,28 @@ def attention_backward_kv(q, k, v, do, lse, delta, dk, dv, partial, T, S, H, R, 
         store_tile(dv, acc_v, b, g, k0, S, G, F, F, BK, BF)
 
 
-def attention_constants(q: Tensor, v: Tensor) -> dict:
-    """Head sizes, their paddings to powers of two, and the tile: the constants of all three kernels."""
+# One program's queries and keys, its warps, and how many tiles are on their way (stages)
+HOPPER = {
+    attention_forward: (64, 64, 4, 2),
+    attention_backward_q: (64, 64, 4, 2),
+    attention_backward_kv: (64, 64, 4, 3),
+}
+AMPERE = {
+    attention_forward: (128, 32, 4, 3),
+    attention_backward_q: (128, 32, 4, 3),
+    attention_backward_kv: (32, 64, 4, 3),
+}
+FLOAT32 = 32, 32, 8, 2  # float32 has no tensor core: plain multiply-adds with operands in registers
+
+
+def attention_tile(kernel, q: Tensor, v: Tensor) -> dict:
+    """The constants of one of the three kernels: head sizes, their paddings to powers of two, and the tile."""
     E, F = q.shape[-1], v.shape[-1]
-    BQ, BK, num_warps = FLOAT32 if q.dtype == torch.float32 else (QUERIES, KEYS, WARPS)
-    BE, BF = triton.next_power_of_2(E), triton.next_power_of_2(F)
-    return dict(E=E, F=F, BE=BE, BF=BF, BQ=BQ, BK=BK, num_warps=num_warps)
+    tile = FLOAT32 if q.dtype == torch.float32 else (HOPPER if loads_by_tma() else AMPERE)[kernel]
+    tile = dict(zip(("BQ", "BK", "num_warps", "num_stages"), tile, strict=True))
+    if E + F > 192:
+        tile["num_stages"] = 2  # more do not fit
+    return dict(E=E, F=F, BE=triton.next_power_of_2(E), BF=triton.next_power_of_2(F)) | tile
 
 
 def loadable(x: Tensor) -> Tensor:
@@ -919,10 +1040,14 @@ def loadable(x: Tensor) -> Tensor:
     return x if aligned else x.clone(memory_format=torch.contiguous_format)
 
 
-def descriptor(x: Tensor, rows: int, cols: int) -> TensorDescriptor:
-    """x (B, T, H, E), seen as (B, H, T, E) to be loaded in tiles of one head."""
+def tiles(x: Tensor, rows: int, cols: int):
+    """x (B, T, H, E) for load_tile, to be loaded in tiles of one head: for the tensor memory accelerator a descriptor
+    of (B, H, T, E), else a pointer, the steps of B, T and H, and E."""
+    x = loadable(x)
     # Along a dimension of one, PyTorch's stride means nothing and may be misaligned.
     b, t, h = (s if n > 1 else 16 for n, s in zip(x.shape[:3], x.stride()[:3], strict=True))
+    if not loads_by_tma():
+        return x, b, t, h, x.shape[3]
     return TensorDescriptor(x, [x.shape[i] for i in (0, 2, 1, 3)], [b, h, t, 1], [1, 1, rows, cols])
 
 
@@ -931,11 +1056,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, window: int, n_meta: int) -> tupl
     """Returns o (B, T, H, F) and lse (B, H, T up to a multiple of 4), float32 and in units of log2."""
     (B, T, H, E), (S, G) = q.shape, k.shape[1:3]
     o, lse = q.new_empty(B, T, H, v.shape[-1]), q.new_empty(B, H, -(-T // 4) * 4, dtype=torch.float32)
-    q, k, v = loadable(q), loadable(k), loadable(v)
-    c = attention_constants(q, v)
-    attention_forward[(H * triton.cdiv(T, c["BQ"]), B)](
-        descriptor(q, c["BQ"], c["BE"]), descriptor(k, c["BK"], c["BE"]), descriptor(v, c["BK"], c["BF"]), o, lse,
-        T, S, H, H // G, window, n_meta, math.log2(math.e) / math.sqrt(E), **c, num_stages=2,
+    c = attention_tile(attention_forward, q, v)
+    BQ, BK, BE, BF = c["BQ"], c["BK"], c["BE"], c["BF"]
+    attention_forward[(H * triton.cdiv(T, BQ), B)](
+        tiles(q, BQ, BE), tiles(k, BK, BE), tiles(v, BK, BF), o, lse,
+        T, S, H, H // G, window, n_meta, math.log2(math.e) / math.sqrt(E), **c,
     )  # fmt: skip
     return o, lse
 
@@ -953,23 +1078,25 @@ def attention_backward(
     """Returns dq, dk, dv, contiguous."""
     (B, T, H, E), (_, S, G, F) = q.shape, v.shape
     dq, dk, dv, delta = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), torch.empty_like(lse)
-    c = attention_constants(q, v)
-    BQ, BK, BE, BF = c["BQ"], c["BK"], c["BE"], c["BF"]
-    q, k, v = descriptor(loadable(q), BQ, BE), descriptor(loadable(k), BK, BE), descriptor(loadable(v), BK, BF)
-    do, o = descriptor(loadable(do), BQ, BF), descriptor(o, BQ, BF)
     scale = math.log2(math.e) / math.sqrt(E)
+    c = attention_tile(attention_backward_q, q, v)
+    BQ, BK, BE, BF = c["BQ"], c["BK"], c["BE"], c["BF"]
     attention_backward_q[(H * triton.cdiv(T, BQ), B)](
-        q, k, v, o, do, lse, delta, dq, T, S, H, H // G, window, n_meta, scale, **c, num_stages=2
-    )
+        tiles(q, BQ, BE), tiles(k, BK, BE), tiles(v, BK, BF), tiles(o, BQ, BF), tiles(do, BQ, BF), lse, delta, dq,
+        T, S, H, H // G, window, n_meta, scale, **c,
+    )  # fmt: skip
 
+    c = attention_tile(attention_backward_kv, q, v)
+    BQ, BK, BE, BF = c["BQ"], c["BK"], c["BE"], c["BF"]
     chunk = triton.cdiv(CHUNK_QUERIES, BQ)
     n_chunk = triton.cdiv(triton.cdiv(T, BQ), chunk)
     n_long = triton.cdiv(min(n_meta, S), BK) if n_chunk > 1 and window < S else 0
     partial = lse.new_empty(n_chunk, B, n_long * BK, G, E + F)
-    lse, delta = (TensorDescriptor(x, [B, H, T], x.stride(), [1, 1, BQ]) for x in (lse, delta))
+    if loads_by_tma():
+        lse, delta = (TensorDescriptor(x, [B, H, T], x.stride(), [1, 1, BQ]) for x in (lse, delta))
     attention_backward_kv[(G * (n_long * n_chunk + triton.cdiv(S, BK) - n_long), B)](
-        q, k, v, do, lse, delta, dk, dv, partial, T, S, H, H // G, window, n_meta, scale, chunk, n_chunk, n_long,
-        **c, num_stages=3 if E + F <= 192 else 2,
+        tiles(q, BQ, BE), tiles(k, BK, BE), tiles(v, BK, BF), tiles(do, BQ, BF), lse, delta, dk, dv, partial,
+        T, S, H, H // G, window, n_meta, scale, chunk, n_chunk, n_long, **c,
     )  # fmt: skip
     if n_long:
         n = min(n_long * BK, S)
@@ -1031,7 +1158,7 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, n_me
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     if not q.dtype == k.dtype == v.dtype or q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"q, k, v must all be bfloat16, float16 or float32; got {q.dtype}, {k.dtype}, {v.dtype}")
-    return attention(q, k, v, S if window is None else min(window, S), n_meta)[0]
+    return direct(attention)(q, k, v, S if window is None else min(window, S), n_meta)[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1197,12 +1324,12 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, tail: Tensor | None = N
     if tail is not None and tail.shape != (B, K - 1, D):
         raise ValueError(f"tail must be ({B}, {K - 1}, {D}); got {tail.shape}")
     x, weight = x if x.stride(2) == 1 else x.contiguous(), weight.contiguous()
-    y = conv(x, weight, bias, 0)
+    y = direct(conv)(x, weight, bias, 0)
     if tail is None and T >= K - 1:
         return y, x[:, 1 - K :]
     before = x.new_zeros(B, K - 1, D) if tail is None else tail.to(x.dtype)
     first = torch.cat([before, x[:, : K - 1]], 1)  # (B, up to 2 K - 2, D)
-    y[:, : K - 1] = conv(first, weight, bias, K - 1)
+    y[:, : K - 1] = direct(conv)(first, weight, bias, K - 1)
     return y, (x if T >= K - 1 else first)[:, 1 - K :]
 
 
@@ -1270,7 +1397,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, grad: bool) -> Tensor:
 @triton.jit
 def wait():
     """Until all that was launched before is done, and written. Then the next kernel may start, too, and wait here."""
-    if not INTERPRET:
+    if launches_early():
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
 
@@ -1304,7 +1431,7 @@ def apply_rope(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     rope_kernel[(T, B)](
         x, cos, sin, y, T, *x.stride()[:2], *cos.stride()[:2], H,
-        E, triton.next_power_of_2(H), triton.next_power_of_2(E // 2), launch_pdl=True,
+        E, triton.next_power_of_2(H), triton.next_power_of_2(E // 2), launch_pdl=launches_early(),
     )  # fmt: skip
     return y
 
@@ -1323,7 +1450,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, in one pass."""
     gate, up = gate.contiguous(), up.contiguous()
     y = torch.empty_like(gate)
-    swiglu_kernel[(triton.cdiv(y.numel(), 1024),)](gate, up, y, y.numel(), 1024, launch_pdl=True)
+    swiglu_kernel[(triton.cdiv(y.numel(), 1024),)](gate, up, y, y.numel(), 1024, launch_pdl=launches_early())
     return y
 
 
@@ -1346,6 +1473,6 @@ def normed_sum(x: Tensor, y: Tensor, x_scale: Tensor, y_scale: Tensor, a: float,
     (x, y), D = (u.contiguous() for u in (x, y)), x.shape[-1]
     out = torch.empty_like(x)
     normed_sum_kernel[(x.numel() // D,)](
-        x, y, x_scale, y_scale, out, a, b, eps, D, triton.next_power_of_2(D), launch_pdl=True
+        x, y, x_scale, y_scale, out, a, b, eps, D, triton.next_power_of_2(D), launch_pdl=launches_early()
     )
     return out

@@ -52,6 +52,7 @@ def test_scan_kernel(case, dtype, device, poisoned, monkeypatch):
     D = int(rng.integers(1, 40 if device == "cpu" else 700))
     N = [16, 5, 1, 16, 33, 16][case] if device == "cuda" else [16, 5, 1, 16, 3, 16][case]
     given = {k: bool(rng.integers(2)) or case == 0 for k in ("D", "z", "dt_bias", "state")}
+    monkeypatch.setattr(kernels, "CHUNK", 8 if device == "cpu" else 16)
     if case % 2:  # in segments, as few channels and many tokens are
         monkeypatch.setattr(kernels, "_segments", lambda n, t, room: (-(-t // 16), 16))
     B = int(rng.integers(1, 3))
@@ -73,6 +74,36 @@ def test_scan_segments(room):
 
 
 @on_device
+@pytest.mark.parametrize("options", [True, False])
+def test_selective_scan_fn(options, device, poisoned):
+    """mamba-ssm's signature: channels before tokens, strides of both kinds, one group or none."""
+    inputs = scan_inputs(2, 19, 12, 4, seed=0, given=dict.fromkeys(("D", "z", "dt_bias"), options) | {"state": False})
+    cut = lambda u: u.to(device).repeat(1, 2, 1)[:, : u.shape[1]]  # noqa: E731
+
+    def mine(x, dt, A, B, C, D=None, z=None, dt_bias=None):
+        B, C = (B.mT[:, None], C.mT.contiguous()) if options else (cut(B.mT), C.mT)
+        x, dt, z = x.mT, dt.mT.contiguous(), z if z is None else z.mT
+        y, last = kernels.selective_scan_fn(x, dt, A, B, C, D, z, dt_bias, True, True)
+        return y.mT, last
+
+    check(mine, scan_loop, inputs, torch.float32, device)
+
+
+@on_device
+@pytest.mark.parametrize(
+    "change, message",
+    [(dict(delta_softplus=False), "delta_softplus"), (dict(A=torch.ones(12, 4, dtype=torch.complex64)), "complex"),
+     (dict(B=torch.ones(12, 4)), "one group"), (dict(C=torch.ones(2, 3, 4, 19)), "one group"),
+     (dict(u=torch.ones(2, 12, 19).double()), "float64")],
+)  # fmt: skip
+def test_selective_scan_fn_says_what_it_cannot(change, message, device):
+    given = dict(u=torch.ones(2, 12, 19), delta=torch.ones(2, 12, 19), A=-torch.ones(12, 4), B=torch.ones(2, 4, 19))
+    given |= dict(C=torch.ones(2, 4, 19), delta_softplus=True) | change
+    with pytest.raises(ValueError, match=message):
+        kernels.selective_scan_fn(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in given.items()})
+
+
+@on_device
 def test_scan_kernel_extremes(device, poisoned):
     torch.manual_seed(0)
     inputs = scan_inputs(2, 33, 24, 4, seed=0)
@@ -83,9 +114,14 @@ def test_scan_kernel_extremes(device, poisoned):
 
 
 @on_device
+@pytest.mark.parametrize("tma", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("case", range(8))
-def test_attention_kernel(case, dtype, device, poisoned):
+def test_attention_kernel(case, dtype, tma, device, poisoned, monkeypatch):
+    """With tiles fetched by the tensor memory accelerator, and without it (on a GPU: as on the ones before Hopper)."""
+    if tma and not kernels.loads_by_tma():
+        pytest.skip("this GPU has no tensor memory accelerator")
+    monkeypatch.setattr(kernels, "loads_by_tma", lambda: tma)
     if dtype == torch.bfloat16 and device == "cpu":
         pytest.skip("Triton's interpreter has no bfloat16 products")
     rng = np.random.default_rng(case)
@@ -170,13 +206,16 @@ def test_kernels_between_products(case, dtype, device, poisoned):
 
 @needs_triton
 @pytest.mark.parametrize(
-    "capability, hip, expected", [((9, 0), None, True), ((8, 9), None, False), ((9, 4), "6.4", False)]
+    "capability, hip, expected",
+    [((9, 0), None, True), ((8, 0), None, True), ((7, 5), None, False), ((9, 4), "6.4", False)],
 )
 def test_gpus_that_the_kernels_run_on(capability, hip, expected, monkeypatch):
     monkeypatch.setattr(kernels, "INTERPRET", kernels.tl.constexpr(False))
+    monkeypatch.setattr(kernels, "OVERRIDE", 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
-    assert kernels.usable(types.SimpleNamespace(is_cuda=True, device="cuda", dtype=torch.bfloat16)) == expected
+    x = types.SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0), dtype=torch.bfloat16)
+    assert kernels.usable(x) == expected
 
 
 @on_device
