@@ -3,7 +3,8 @@ Speed and memory, ours beside the peers that are installed: python bench.py WHAT
 
     scan        the selective scan, forward and backward. On a GPU: ours, mamba-ssm, and the floor. On a CPU: ours and
                 mambapy, each in a process of its own for its peak memory; --loop adds the loop over tokens that small
-                reimplementations leave to autograd
+                reimplementations leave to autograd; --accuracy: errors of outputs and gradients on a GPU, against
+                float64 and beside mamba-ssm's
     attention   attention in a window of 1,024 tokens plus 128 meta tokens: ours, FlexAttention, and as the released
                 code has it (two FlexAttention calls on halves of the values, keys and values repeated); and full
                 causal attention beside PyTorch's own (SDPA)
@@ -156,6 +157,34 @@ def scan_gpu(repeats: int, tokens: list[int]) -> list[dict]:
     return rows
 
 
+def scan_accuracy(tokens: list[int]) -> list[dict]:
+    """Norm of the error over norm of the exact values, for y and each gradient, at (B, D, N) = (2, 256, 16)."""
+    import kernels
+
+    rows = []
+    for T, dtype in [(T, dtype) for T in tokens or [2048, 65536] for dtype in (torch.bfloat16, torch.float32)]:
+        torch.manual_seed(0)
+        new = lambda *shape: torch.randn(*shape, device="cuda").to(dtype)  # noqa: B023, E731
+        A = -torch.arange(1.0, 17, device="cuda").repeat(256, 1)
+        bias = torch.empty(256, device="cuda").uniform_(-6.9, -2.25)  # steps of 1e-3 to 1e-1
+        inputs = dict(x=new(2, T, 256), dt=0.3 * new(2, T, 256), A=A, B=new(2, T, 16), C=new(2, T, 16))
+        inputs |= dict(D=torch.ones(256, device="cuda"), z=new(2, T, 256), dt_bias=bias)
+        grad, exact = new(2, T, 256), None
+        peers = {"float64": lambda **u: ops.selective_scan(**u)[0], "ours": lambda **u: kernels.selective_scan(**u)[0]}
+        if importlib.util.find_spec("mamba_ssm"):
+            peers["mamba-ssm"] = mamba_ssm_scan
+        for name, f in peers.items():
+            kind = torch.float64 if exact is None else None
+            mine = {k: u.to(kind or u.dtype).clone().requires_grad_() for k, u in inputs.items()}
+            y = f(**mine)
+            found = dict(y=y, **dict(zip(mine, torch.autograd.grad(y, list(mine.values()), grad.to(y)), strict=True)))
+            exact = exact or found
+            if exact is not found:
+                errors = {k: ((u.double() - exact[k]).norm() / exact[k].norm()).item() for k, u in found.items()}
+                rows.append(dict(tokens=T, dtype=str(dtype).removeprefix("torch."), name=name) | errors)
+    return rows
+
+
 def ratios(rows: list[dict]) -> None:
     """Add to each row how much longer it takes than ours of the same shape, and print geometric means."""
     ours = {(r["shape"], r.get("mask")): r for r in rows if r["name"] == "ours"}
@@ -244,34 +273,31 @@ def train_worker(config: str, peer: bool, B: int, T: int, steps: int = 12) -> di
     torch.set_float32_matmul_precision("high")
     model = Hymba(HymbaConfig(**(args | {"vocab_size": 50304, "block_size": T}))).cuda()
     optimizer = train.optimizer_for(model, train.TrainConfig())
-    torch._functorch.config.force_non_lazy_backward_lowering = True  # compile it all before a step takes memory
-    compiled = torch.compile(model)
-    idx = torch.randint(0, 50304, (B, T + 1), device="cuda")
-
-    def step():
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = compiled(idx[:, :-1], idx[:, 1:])
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss
-
+    windows = torch.randint(0, 50304, (B, T + 1)).numpy()
     start = time.perf_counter()
+    train.compile_blocks(model)
     for attempt in range(40):  # others compile on this GPU at the same time, and may hold its memory for a moment
         try:
-            step(), torch.cuda.synchronize()
+            graphs = train.StepGraphs(model, B, T, 1)
             break
         except RuntimeError as e:  # not always an OutOfMemoryError: cuBLAS and Triton have their own
             if attempt == 39 or not re.search("out of memory|ALLOC_FAILED", str(e)):
                 raise
         optimizer.zero_grad(set_to_none=True), torch.cuda.empty_cache(), time.sleep(3)
+    torch.cuda.synchronize()
     compile_s = time.perf_counter() - start
+
+    def step():
+        loss = graphs.loss(windows, backward=True)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return loss
+
     torch.cuda.empty_cache()
     print("ready", flush=True)
     sys.stdin.readline()
     for _ in range(3):
         step()
-    torch.cuda.reset_peak_memory_stats()
     events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
     events[0].record()
     for event in events[1:]:
@@ -282,12 +308,13 @@ def train_worker(config: str, peer: bool, B: int, T: int, steps: int = 12) -> di
     speed = B * T / statistics.median(ms) * 1e3
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step(), torch.cuda.synchronize()
-    top = sorted(profile.key_averages(), key=lambda k: -k.self_device_time_total)[:10]
+    top = sorted(profile.key_averages(), key=lambda k: -k.self_device_time_total)
+    busy = sum(k.self_device_time_total for k in top) / 1e3 / statistics.median(ms)
     return dict(
         shape=f"{B} x {T}", name=config + (" with peers" if peer else ""), tokens_per_s=round(speed),
         mfu=cost.estimate_mfu(model, speed), peak_gib=torch.cuda.max_memory_allocated() / 2**30, loss=loss.item(),
-        spread=ms[-1] / ms[0] - 1, compile_s=compile_s,
-        kernels=[dict(kernel=k.key[:80], ms=k.self_device_time_total / 1e3, calls=k.count) for k in top],
+        spread=ms[-1] / ms[0] - 1, compile_s=compile_s, idle=1 - busy,
+        kernels=[dict(kernel=k.key[:80], ms=k.self_device_time_total / 1e3, calls=k.count) for k in top[:10]],
     )  # fmt: skip
 
 
@@ -653,6 +680,23 @@ def tokens_of(shape: str) -> int:
     return math.prod(int(n) for n in shape.strip("()").split(",")[:2])
 
 
+def as_ampere() -> dict[str, str]:
+    """Environment variables with which a Hopper GPU runs what GPUs of compute capability 8.0 do: Triton writes its
+    assembler's input for those, and the assembler makes of it what this GPU runs. Compiled kernels lie by themselves.
+    """
+    import triton
+
+    folder = Path.home() / ".triton" / "as_sm80"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "ptxas").write_text(f"""#!/bin/sh
+for a; do shift; [ "$a" != --gpu-name=sm_80 ] || a=--gpu-name=sm_90; set -- "$@" "$a"; done
+exec "{Path(triton.__file__).parent}/backends/nvidia/bin/ptxas" "$@"
+""")
+    (folder / "ptxas").chmod(0o755)
+    path = {"TRITON_PTXAS_PATH": str(folder / "ptxas"), "TRITON_CACHE_DIR": str(folder / "cache")}
+    return path | {"TRITON_OVERRIDE_ARCH": "sm80"}
+
+
 def numbers(flag: str, text: str) -> list[int]:
     """The numbers in "1,16,128"."""
     if not re.fullmatch(r"([1-9][0-9]{0,8}(,|$))*", text):
@@ -672,6 +716,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--batches", default="1,16,128", help="decode: which; roadmap, sweep: the last [1,16,128]")
     parser.add_argument("--models", default="", help="decode: which models, separated by semicolons [all]")
     parser.add_argument("--profile", action="store_true", help="decode: where a step's time goes, to stderr")
+    parser.add_argument("--accuracy", action="store_true", help="scan on a GPU: errors against float64")
+    parser.add_argument("--ampere", action="store_true", help="the code path of GPUs before Hopper, on a Hopper GPU")
     parser.add_argument("--json", metavar="FILE", help="write the results there, too")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -693,10 +739,19 @@ def main(argv: list[str]) -> None:
     if not gpu and args.what != "scan":
         message = "measures GPU kernels, and there is no GPU here; bench.py scan runs on a CPU"
         raise ValueError(f"bench.py {args.what} {message}")
+    if args.ampere and not os.environ.get("TRITON_OVERRIDE_ARCH"):
+        if not gpu or torch.cuda.get_device_capability()[0] != 9:
+            raise ValueError("--ampere needs a Hopper GPU; an older one takes that path by itself")
+        os.execve(sys.executable, [sys.executable, __file__, *argv], os.environ | as_ampere())
+    if args.accuracy and not gpu:
+        raise ValueError("--accuracy compares kernels, and there is no GPU here; pytest tests/test_kernels.py does")
     device = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
+    device += " as if of compute capability 8.0" if args.ampere else ""
     print(f"{args.what} on {device}, torch {torch.__version__}; times in ms")
     tokens, batches = numbers("tokens", args.tokens), numbers("batches", args.batches)
-    if args.what == "scan":
+    if args.what == "scan" and args.accuracy:
+        rows = scan_accuracy(tokens)
+    elif args.what == "scan":
         rows = scan_gpu(args.repeats or 30, tokens) if gpu else scan_cpu(args.repeats or 7, args.loop)
     elif args.what == "attention":
         rows = attention_gpu(args.repeats or 30, tokens)

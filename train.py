@@ -24,6 +24,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ import prepare
 import sample
 from files import brief, memory, naming
 from flags import TrainConfig, parse, run
-from model import Hymba, HymbaConfig
+from model import AttentionHeads, Hymba, HymbaConfig, MambaHeads, rope_angles
 from run_folder import check_folder, metrics_so_far, recorded, resume, run_folder, take_over
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -124,6 +125,97 @@ def plot_loss(metrics: Path, picture: Path) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Forward and backward pass
+
+
+def to_device(windows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Inputs and targets (n, T) of windows (n, T + 1) of tokens. The host does not wait for the copy."""
+    windows = torch.from_numpy(windows)
+    windows = (windows.pin_memory() if device.type == "cuda" else windows).to(device, non_blocking=True)
+    return windows[:, :-1], windows[:, 1:]
+
+
+def mean_loss(model: torch.nn.Module, idx: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy () of the targets, in bfloat16 on a GPU."""
+    with torch.autocast("cuda", torch.bfloat16) if idx.is_cuda else nullcontext():
+        return model(idx, targets)
+
+
+def compile_blocks(model: Hymba) -> None:
+    """torch.compile for each block by itself. Blocks of one kind share what is compiled, so that 32 of them take little
+    longer than four: compiling the model whole gave the same speed and took minutes."""
+    torch._dynamo.config.recompile_limit = 64  # kinds of blocks, times block sizes of a length curriculum
+    for block in model.blocks:
+        block.compile(dynamic=False)
+
+
+def compile_kernels(config: HymbaConfig, n: int, T: int, device: torch.device) -> list[Future]:
+    """Have threads compile the kernels of a forward and backward pass of n sequences of T tokens, while the model is
+    made: each kind of heads runs once, with anything for weights."""
+
+    def once(kind: type, args: tuple, rest: tuple) -> None:
+        with torch.device("meta"):  # draws nothing from the generator that the model's weights come from
+            heads = kind(config, *args).to_empty(device=device)
+        x = torch.zeros(n, config.n_meta + T, sum(heads.sizes), device=device, requires_grad=True)
+        with torch.autocast("cuda", torch.bfloat16):
+            out = heads(x.bfloat16(), *rest)
+        (out[0] if isinstance(out, tuple) else out).sum().backward()
+
+    jobs, pool = {}, ThreadPoolExecutor()
+    rope = rope_angles(config, torch.arange(config.n_meta + T, device=device)[None])
+    for layer, letter in enumerate(config.pattern):
+        norm, size = letter != "M" or config.ssm_norm, config.value_size(letter)
+        if letter in "MHh" and ("ssm", norm) not in jobs:
+            jobs["ssm", norm] = pool.submit(once, MambaHeads, (norm,), (None,))
+        if letter != "M" and ("attention", size) not in jobs:
+            jobs["attention", size] = pool.submit(once, AttentionHeads, (layer,), (rope, None, None))
+    pool.shutdown(wait=False)
+    return list(jobs.values())
+
+
+class StepGraphs:
+    """Forward and backward pass of n sequences of T tokens as two CUDA graphs. A step launches these two instead of
+    some thousand kernels, so the GPU never waits for the host. The first alone serves evaluation.
+
+    The gradients are the mean over `pieces` calls of loss. They stay at the same addresses.
+    """
+
+    def __init__(self, model: Hymba, n: int, T: int, pieces: int):
+        device = model.embed.weight.device
+        self.parameters, self.pieces = list(model.parameters()), pieces
+        self.idx, self.targets = torch.zeros(2, n, T, dtype=torch.long, device=device)
+        stream = torch.cuda.Stream()  # capturing asks for another than the default one
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # compiles everything, and leaves no first time to the graph
+                mean_loss(model, self.idx, self.targets).backward()
+        torch.cuda.current_stream().wait_stream(stream)
+        for p in self.parameters:
+            p.grad = torch.zeros_like(p) if pieces > 1 else None
+        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.forward):
+            self.mean = mean_loss(model, self.idx, self.targets) / pieces
+        with torch.cuda.graph(self.backward, pool=self.forward.pool()):
+            self.mean.backward()
+        self.mean = self.mean.detach()
+
+    def zero_gradients(self) -> None:
+        if self.pieces > 1:  # else each backward pass writes them anew
+            torch._foreach_zero_([p.grad for p in self.parameters])
+
+    def loss(self, windows: np.ndarray, backward: bool = False) -> Tensor:
+        """Mean loss () of windows (up to n, T + 1), divided by pieces if their gradients are taken, too."""
+        idx, targets = to_device(windows, self.idx.device)
+        self.idx[: len(idx)].copy_(idx)
+        self.targets.fill_(-1)[: len(idx)].copy_(targets)
+        self.forward.replay()
+        if not backward:
+            return self.mean * self.pieces
+        self.backward.replay()
+        return self.mean.clone()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # A run: what it needs is opened and checked before any time is spent
 
 
@@ -159,21 +251,36 @@ class Run:
         self.out = Path(self.cfg.out_dir)
         if self.cfg.overwrite and not self.cfg.resume and (self.out / "last").exists():
             self.out /= "new"  # until the first checkpoint; see take_over
-        on_gpu = self.device.type == "cuda"
-        self.compiled = torch.compile(self.model) if self.cfg.compile and on_gpu else self.model
+        self.on_gpu = self.device.type == "cuda"
+        self.compiles, self.graphs = self.cfg.compile and self.on_gpu, None
+        if self.compiles:
+            compile_blocks(self.model)
+        self.parallel = self.model
         if self.world > 1:
-            self.compiled = DistributedDataParallel(self.compiled, device_ids=[self.device.index] if on_gpu else None)
+            self.parallel = DistributedDataParallel(self.model, device_ids=[self.device.index] if self.on_gpu else None)
 
     @property
     def metrics(self) -> Path:
         return self.out / "metrics.jsonl"
 
-    def loss(self, windows: np.ndarray) -> Tensor:
-        """Mean loss of windows (n, T + 1) of tokens, in bfloat16 on a GPU."""
-        windows = torch.from_numpy(windows).to(self.device, non_blocking=True)
-        on_gpu = self.device.type == "cuda"
-        with torch.autocast("cuda", torch.bfloat16) if on_gpu else nullcontext():
-            return self.compiled(windows[:, :-1], windows[:, 1:])
+    def gradients(self, pieces: list[np.ndarray]) -> Tensor:
+        """Add to the parameters' gradients the mean over pieces (n, T + 1) of tokens; returns the mean loss."""
+        loss = torch.zeros((), device=self.device)
+        if self.compiles and self.world == 1:
+            shape = len(pieces[0]), pieces[0].shape[1] - 1
+            if self.graphs is None or self.graphs.idx.shape != shape:
+                self.graphs = None  # frees its memory
+                self.graphs = StepGraphs(self.model, *shape, len(pieces))
+            self.graphs.zero_gradients()
+            for piece in pieces:
+                loss += self.graphs.loss(piece, backward=True)
+            return loss
+        for i, piece in enumerate(pieces):
+            with nullcontext() if self.world == 1 or i == len(pieces) - 1 else self.parallel.no_sync():
+                piece_loss = mean_loss(self.parallel, *to_device(piece, self.device)) / len(pieces)
+                piece_loss.backward()
+            loss += piece_loss.detach()
+        return loss
 
     def batch(self, step: int) -> tuple[int, int, int]:
         """Of a step: block_size, sequences in one forward pass, and sequences of this process in all of its passes."""
@@ -283,7 +390,11 @@ def start(
     torch.manual_seed(cfg.seed)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
+    T, micro = stages[0][1], cfg.batch_size
+    early = compile_kernels(config, micro, T, device) if cfg.compile and device.type == "cuda" and world == 1 else []
     model = Hymba(config).to(device)
+    for job in early:
+        job.result()
     run = Run(cfg, data, model, optimizer_for(model, cfg), stages, device, rank, world)
     threads = resume(run) if cfg.resume else 0
     if device.type == "cpu" and world == 1:
@@ -311,7 +422,7 @@ def faster_threads(run: Run) -> int:
     for n in [*took, *took] if len(took) > 1 else []:
         torch.set_num_threads(n)
         begin = time.perf_counter()
-        run.loss(windows).backward()
+        mean_loss(run.model, *to_device(windows, run.device)).backward()
         took[n] = min(took[n], time.perf_counter() - begin)
     run.optimizer.zero_grad(set_to_none=True)
     return min(took, key=took.get)
@@ -330,30 +441,33 @@ def train_step(run: Run, step: int) -> Tensor:
     mix = cfg.anneal_mix if decaying else 0.0
     windows = draw_windows(run.data.train, mix, (cfg.seed, step), n_local * run.world, T)
     pieces = np.split(windows[run.rank * n_local : (run.rank + 1) * n_local], n_local // micro)
-    loss = torch.zeros((), device=run.device)
-    for i, piece in enumerate(pieces):
-        with nullcontext() if run.world == 1 or i == len(pieces) - 1 else run.compiled.no_sync():
-            piece_loss = run.loss(piece) / len(pieces)
-            piece_loss.backward()
-        loss += piece_loss.detach()
+    loss = run.gradients(pieces)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), cfg.grad_clip or math.inf)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(cfg, step)
     run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
+    if not run.graphs:  # gradients of CUDA graphs stay where they are
+        run.optimizer.zero_grad(set_to_none=True)
     return torch.stack([loss, norm.to(run.device)])
 
 
-@torch.no_grad()
 def evaluate(run: Run) -> tuple[float, float]:
-    """Validation loss in nats per token and in bits per byte, over evenly spaced windows."""
+    """Validation loss in nats per token and in bits per byte, over evenly spaced windows.
+
+    What was compiled for training is used here, too: without gradients, it would have to be compiled anew.
+    """
     val, (T, micro, _) = run.data.val, run.batch(run.step - 1)
     n = min(run.cfg.eval_windows, len(val) - T)  # there are not more
     starts = np.linspace(0, len(val) - T - 1, n).astype(int)[run.rank :: run.world]
     total = torch.zeros(2, device=run.device)
     for i in range(0, len(starts), micro):
         windows = np.stack([val[s : s + T + 1] for s in starts[i : i + micro]]).astype(np.int64)
-        total += torch.tensor([run.loss(windows).item() * len(windows), len(windows)], device=run.device)
+        if run.graphs:
+            loss = run.graphs.loss(windows)
+        else:
+            with torch.set_grad_enabled(run.compiles):
+                loss = mean_loss(run.model, *to_device(windows, run.device)).detach()
+        total += torch.stack([loss, torch.ones_like(loss)]) * len(windows)
     if run.world > 1:
         dist.all_reduce(total)
     loss = (total[0] / total[1]).item()
@@ -427,7 +541,12 @@ def train(run: Run, received: list[int]) -> bool:
     cfg, terminal = run.cfg, sys.stderr.isatty()
     bar = tqdm(total=cfg.max_steps, initial=run.step, unit="step", disable=not (run.rank == 0 and terminal))
     pending, since = [], time.perf_counter()  # loss and gradient norm of each step, still on the device
+    shape = None  # for which the model is compiled
     for step in range(run.step, cfg.max_steps):
+        shape, before = run.batch(step)[:2], shape
+        if run.compiles and shape != before and run.rank == 0:
+            text = "compiling (with --compile=False, slower steps start at once)"
+            bar.set_postfix_str(text) if terminal else print(text, flush=True)
         pending.append(train_step(run, step))
         run.step = done = step + 1
         bar.update()
@@ -483,6 +602,7 @@ def main(argv: list[str]) -> None:
             with naming(run.out / "loss.png"):
                 plot_loss(run.metrics, run.out / "loss.png")
             if cfg.sample_tokens:
+                torch.compiler.set_stance("force_eager")  # the engine does not compile
                 sample.stream(sample.Engine(run.model), data.tokenizer, cfg.prompt, cfg.sample_tokens)
         elif rank == 0:
             print(f"stopped after step {run.step}: --resume continues from {run.out / 'last'}")

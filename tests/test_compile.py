@@ -9,14 +9,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from runs import ROOT
 
-from conftest import TRITON
+import bench
+from conftest import TRITON, needs_gpu
 
-SHARED = {90: 227, 100: 227, 120: 99}  # KB that a program can have on the GPUs for which kernels.usable says yes
+SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KB that a program can have
 # Bytes that a thread may spill, the most of Triton 3.6 to 3.9; with 3.6 on Hopper none does
 SPILLS = dict(scan_forward_kernel=96, scan_backward_kernel=160)
-SPILLS |= dict(attention_forward=16, attention_backward_q=32, attention_backward_kv=96)
+SPILLS |= dict(attention_forward=48, attention_backward_q=32, attention_backward_kv=96)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,18 @@ def test_every_kernel_compiles(compiled, capability):
     source = "".join((ROOT / f"{name}.py").read_text() for name in ("kernels", "engine_kernels"))
     launched = set(re.findall(r"^ +(\w+)\[.+\]\(", source, re.M))
     assert launched == {row["kernel"] for row in compiled[capability]} and len(launched) > 15
-    spills = SPILLS | ({"attention_backward_kv": 704} if capability == 120 else {})  # it has no wgmma
     for row in compiled[capability]:
         assert "error" not in row, row
-        assert row["shared"] <= SHARED[capability] * 1024 and row["spills"] <= spills.get(row["kernel"], 0), row
+        assert row["shared"] <= SHARED[capability] * 1024 and row["spills"] <= SPILLS.get(row["kernel"], 0), row
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_kernels_as_older_gpus_run_them():
+    """The GPU tests of all kernels once more, on the path of compute capability 8.0 (on a Hopper GPU)."""
+    if torch.cuda.get_device_capability()[0] != 9 or "TRITON_OVERRIDE_ARCH" in os.environ:
+        pytest.skip("needs a Hopper GPU, with its own path chosen before")
+    files = [str(ROOT / f"tests/test_{name}.py") for name in ("kernels", "engine_kernels")]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *files]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | bench.as_ampere())
+    assert done.returncode == 0, done.stdout[-3000:]

@@ -16,7 +16,7 @@ import files
 import ops
 import prepare
 import train
-from conftest import small
+from conftest import SMALL, error, needs_gpu, small, tokens
 from model import Hymba, HymbaConfig
 
 
@@ -282,7 +282,9 @@ def test_no_more_validation_sequences_than_there_are(corpus, tmp_path, monkeypat
     data.val = data.val[:30]  # six sequences of 24 + 1
     run = train.start(cfg, config, stages, data, torch.device("cpu"), 0, 1)
     run.step, seen = 1, []
-    run.loss = lambda windows: seen.extend(map(bytes, windows)) or torch.zeros(())
+    monkeypatch.setattr(
+        train, "mean_loss", lambda model, idx, _: seen.extend(map(bytes, idx.numpy())) or torch.zeros(())
+    )
     train.evaluate(run)
     assert len(seen) == len(set(seen)) == 6
 
@@ -384,13 +386,15 @@ def test_one_thread_where_threads_wait_for_each_other(monkeypatch):
     for seconds, best in (({1: 2.0, 2: 9.0}, 1), ({1: 2.0, 2: 1.5}, 2), ({1: 2.0}, 1)):
         passes = []
 
-        def loss(windows, seconds=seconds, passes=passes):
+        def loss(model, idx, targets, seconds=seconds, passes=passes):
             passes.append(torch.get_num_threads())
             clock[0] += seconds[passes[-1]]
             return torch.zeros((), requires_grad=True)
 
         torch.set_num_threads(max(seconds))
-        run = types.SimpleNamespace(batch=lambda step: (8, 2, 2), step=0, data=data, loss=loss, optimizer=optimizer)
+        monkeypatch.setattr(train, "mean_loss", loss)
+        given = dict(step=0, data=data, model=None, device=torch.device("cpu"), optimizer=optimizer)
+        run = types.SimpleNamespace(batch=lambda step: (8, 2, 2), **given)
         assert train.faster_threads(run) == best
         assert sorted(set(passes)) == (list(seconds) if len(seconds) > 1 else [])
     torch.set_num_threads(threads)
@@ -406,3 +410,45 @@ def test_threads_are_kept_in_the_checkpoint(corpus, tmp_path, monkeypatch):
         train.main([*flags, *more, steps])
         assert json.loads((tmp_path / "out/last/config.json").read_text())["threads"] == used and len(chosen) == asked
     torch.set_num_threads(threads)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_step_graphs_are_the_model(pieces):
+    """Losses and gradients of CUDA graphs of compiled blocks are the ones of the model itself, step after step, and an
+    evaluation in between, with fewer sequences, changes nothing and compiles nothing."""
+    ops.use_kernels(True)
+    model, plain = (small("HhhhH", n_embd=64, n_head=2, n_kv_head=1, window=16).cuda() for _ in range(2))
+    train.compile_blocks(model)
+    graphs, rng = train.StepGraphs(model, 4, 24, pieces), np.random.default_rng(0)
+    for _ in range(2):
+        batch = rng.integers(0, 61, (pieces, 4, 25))
+        graphs.zero_gradients()
+        losses = [graphs.loss(piece, backward=True) for piece in batch]
+        mine = [p.grad.clone() for p in model.parameters()]
+        with torch.compiler.set_stance("fail_on_recompile"):
+            part = graphs.loss(batch[0, :3])
+        assert abs(part - train.mean_loss(plain, *train.to_device(batch[0, :3], part.device))) < 1e-2
+        expected = [train.mean_loss(plain, *train.to_device(piece, part.device)) / pieces for piece in batch]
+        grads = torch.autograd.grad(sum(expected), list(plain.parameters()))
+        assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) < 1e-2
+        assert error(torch.cat([g.flatten() for g in mine]), torch.cat([g.flatten() for g in grads])) < 0.02  # bfloat16
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_kernels_compiled_ahead_are_the_ones_that_run(monkeypatch):
+    """After compile_kernels, a forward and backward pass compiles no kernel of kernels.py anew but the loss's; and the
+    weights are drawn as without it."""
+    import triton
+
+    ops.use_kernels(True)
+    config = HymbaConfig(**(SMALL | dict(pattern="HhhM", n_embd=96, n_head=3, n_kv_head=1)))
+    for job in train.compile_kernels(config, 2, 24, torch.device("cuda")):
+        job.result()
+    compiled = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda fn, **_: compiled.append(fn.name))
+    idx = tokens(2, 24).cuda()
+    train.mean_loss(Hymba(config).cuda(), idx, idx).backward()
+    assert {name.split(".")[-1] for name in compiled} == {"cross_entropy_row"}
