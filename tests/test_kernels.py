@@ -90,6 +90,27 @@ def test_selective_scan_fn(options, device, poisoned):
 
 
 @on_device
+def test_scan_in_transformers_mamba(device, monkeypatch):
+    """README's example: the same logits with and without a cache."""
+    mamba = pytest.importorskip("transformers.models.mamba.modeling_mamba", reason="pip install transformers")
+    if not hasattr(mamba, "mamba_selective_scan"):
+        pytest.skip("this transformers has no function of its own for the scan")
+    torch.manual_seed(0)
+    config = mamba.MambaConfig(vocab_size=61, hidden_size=16, num_hidden_layers=2, state_size=4, use_mambapy=False)
+    model, idx, ran = mamba.MambaForCausalLM(config).to(device).eval(), tokens(2, 19).to(device), []
+
+    def scan(*inputs, use_mambapy, use_associative_scan, **options):
+        ran.append(options["return_last_state"])
+        return kernels.selective_scan_fn(*inputs, **options)
+
+    with torch.no_grad():
+        expected = model(idx, use_cache=False).logits
+        monkeypatch.setattr(mamba, "mamba_selective_scan", scan)
+        logits = [model(idx, use_cache=cached).logits for cached in (False, True)]
+    assert ran == [False] * 2 + [True] * 2 and max(error(u, expected) for u in logits) < 1e-5
+
+
+@on_device
 @pytest.mark.parametrize(
     "change, message",
     [(dict(delta_softplus=False), "delta_softplus"), (dict(A=torch.ones(12, 4, dtype=torch.complex64)), "complex"),
