@@ -602,8 +602,8 @@ def main(argv: list[str]) -> None:
             with naming(run.out / "loss.png"):
                 plot_loss(run.metrics, run.out / "loss.png")
             if cfg.sample_tokens:
-                torch.compiler.set_stance("force_eager")  # the engine does not compile
-                sample.stream(sample.Engine(run.model), data.tokenizer, cfg.prompt, cfg.sample_tokens)
+                with torch.compiler.set_stance("force_eager"):  # the engine does not compile
+                    sample.stream(sample.Engine(run.model), data.tokenizer, cfg.prompt, cfg.sample_tokens)
         elif rank == 0:
             print(f"stopped after step {run.step}: --resume continues from {run.out / 'last'}")
     if world > 1:

@@ -18,7 +18,8 @@ from conftest import TRITON, needs_gpu
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KB that a program can have
 # Bytes that a thread may spill, the most of Triton 3.6 to 3.9; with 3.6 on Hopper none does
 SPILLS = dict(scan_forward_kernel=96, scan_backward_kernel=160)
-SPILLS |= dict(attention_forward=160, attention_backward_q=32, attention_backward_kv=96)
+SPILLS |= dict(attention_forward=16, attention_backward_q=32, attention_backward_kv=96)
+BY_POINTERS = SPILLS | dict(attention_forward=160)  # where attention's tiles come without the memory accelerator
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +45,10 @@ def test_every_kernel_compiles(compiled, capability):
     source = "".join((ROOT / f"{name}.py").read_text() for name in ("kernels", "engine_kernels"))
     launched = set(re.findall(r"^ +(\w+)\[.+\]\(", source, re.M))
     assert launched == {row["kernel"] for row in compiled[capability]} and len(launched) > 15
+    spills = SPILLS if 90 <= capability < 120 else BY_POINTERS
     for row in compiled[capability]:
         assert "error" not in row, row
-        assert row["shared"] <= SHARED[capability] * 1024 and row["spills"] <= SPILLS.get(row["kernel"], 0), row
+        assert row["shared"] <= SHARED[capability] * 1024 and row["spills"] <= spills.get(row["kernel"], 0), row
 
 
 @pytest.mark.gpu
