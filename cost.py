@@ -3,6 +3,8 @@ What a model costs: bytes of its cache, floating-point operations of a token, an
 training reaches. model.num_params() counts its parameters. Letters are the ones of model.py.
 """
 
+import math
+
 import torch
 
 from model import Hymba, HymbaConfig
@@ -16,7 +18,7 @@ def cache_bytes(config: HymbaConfig, n_tokens: int, dtype: torch.dtype = torch.b
     """Bytes of the cache of one sequence with room for n_tokens (meta tokens not counted): what engine.Cache holds.
 
     Attention keeps E + F numbers for each key/value head and slot, in blocks that own keys and values. SSM heads keep
-    the last K - 1 inputs of the convolution, and their state in float32.
+    the last K - 1 inputs of the convolution (in Mamba-2, of B and C, too), and their state in float32.
     """
     c, total = config, 0
     for i, letter in enumerate(c.pattern):
@@ -24,7 +26,8 @@ def cache_bytes(config: HymbaConfig, n_tokens: int, dtype: torch.dtype = torch.b
             slots = c.n_meta + (c.window if letter in "th" else n_tokens)
             total += slots * c.n_kv_head * (c.head_size + c.value_size(letter)) * dtype.itemsize
         if letter in "MHh":
-            total += c.d_inner * ((c.d_conv - 1) * dtype.itemsize + c.d_state * 4)
+            tail, state = c.ssm_cache
+            total += math.prod(tail) * dtype.itemsize + math.prod(state) * 4
     return total
 
 
@@ -32,7 +35,8 @@ def flops_per_token(model: Hymba, n_tokens: int | None = None, training: bool = 
     """Floating-point operations per text token, a multiply-add counted as two.
 
     Forward: 2 for each weight of a matrix (the output layer's, too), 2 H (E + F) for each key that attention sees,
-    7 D N for the scan (dt A, exp, decay h, dt x B, +, and C . h), 2 K D for the convolution.
+    7 D N for the scan (dt A, exp, decay h, dt x B, +, and C . h), 2 K D for the convolution. Mamba-2: 5 D N (one decay
+    a head), and 2 K (D + 2 N). That is the recurrence; the products by which it runs in chunks are more.
     Training: three times the forward pass (backward is two), averaged over n_tokens (block_size if None), the
     meta tokens' work included. Inference (training=False): one token's forward pass after n_tokens others.
     """
@@ -48,7 +52,9 @@ def flops_per_token(model: Hymba, n_tokens: int | None = None, training: bool = 
                 seen = seen.clamp(max=c.window) + (seen - c.window).clamp(0, c.n_meta)
             flops += 2 * c.n_head * (c.head_size + c.value_size(letter)) * seen.sum().item()
         if letter in "MHh":
-            flops += (7 * c.d_inner * c.d_state + 2 * c.d_conv * c.d_inner) * len(p)
+            tail, state = c.ssm_cache
+            scan = (7 if c.ssm == "mamba" else 5) * math.prod(state)
+            flops += (scan + 2 * c.d_conv * tail[1]) * len(p)
     output = 2 * model.output.numel()  # text tokens only
     return 3 * (flops / T + output) if training else flops + output
 

@@ -55,7 +55,8 @@ class Cache:
                 slots = c.n_meta + (c.window if letter in "th" else n_tokens)
                 self.kv[i] = tuple(new(slots, c.n_kv_head, size) for size in (c.head_size, c.value_size(letter)))
             if letter in "MHh":
-                self.ssm[i] = new(c.d_conv - 1, c.d_inner), new(c.d_inner, c.d_state, dtype=torch.float32)
+                tail, state = c.ssm_cache
+                self.ssm[i] = new(*tail), new(*state, dtype=torch.float32)
 
     @property
     def nbytes(self) -> int:
@@ -88,7 +89,7 @@ class BlockCache:
     """One block's part of a Cache: the same tensors, None where it has none. A block uses attend, ssm and keep."""
 
     kv: tuple[Tensor, Tensor] | None  # keys (B, slots, G, E) and values (B, slots, G, F), its own or its producer's
-    ssm: tuple[Tensor, Tensor] | None  # conv tail (B, K - 1, D) and state (B, D, N)
+    ssm: tuple[Tensor, Tensor] | None  # conv tail (B, K - 1, D) and state (B, D, N); of Mamba-2, see config.ssm_cache
     pos: Tensor
     longest: int
     ragged: bool

@@ -5,7 +5,7 @@ A model is a string with one letter for each block. The letter names the block's
 
     T  full causal attention (Llama)          H  hybrid heads: full attention and SSM heads side by side
     t  sliding-window attention               h  hybrid heads: sliding-window attention and SSM heads
-    M  SSM heads (Mamba)
+    M  SSM heads (Mamba, or with ssm="mamba2" Mamba-2)
 
 Small letters are windowed, and a window always sees the meta tokens, too. T and M blocks are just Llama's and Mamba's
 with n_meta = 0, and for Mamba n_hidden = 0.
@@ -21,7 +21,7 @@ Letters used for sizes throughout:
     B batch            C model width (n_embd)      H query heads          E query/key head size
     T tokens in call   D inner width (expand * C)  G key/value heads      F value head size
     S keys seen        N SSM state size            M meta tokens          W window
-    V vocabulary       K conv kernel               R dt rank
+    V vocabulary       K conv kernel               R dt rank             P channels of a Mamba-2 head
 
 In shapes, a letter is always one of these sizes. In the scan, A, B, C and D are Mamba's tensors, too, and in a pattern,
 T, H and M are kinds of blocks.
@@ -96,6 +96,8 @@ class HymbaConfig:
     d_state: int = 16  # numbers in the SSM's state for each inner channel
     d_conv: int = 4  # taps of the convolution before the SSM
     expand: int = 2  # inner channels of SSM heads for each channel of the model
+    ssm: str = "mamba"  # SSM heads: mamba (Hymba) or mamba2, whose d_state is usually 64 to 128
+    ssm_head: int = 64  # channels of a Mamba-2 head
     dt_rank: int = 0  # dt is made through a bottleneck this wide; 0: ceil(n_embd / 16)
     n_meta: int = 128  # learned tokens in front of every sequence
     window: int = 1024  # tokens a windowed query sees, itself included, meta tokens not counted
@@ -134,6 +136,10 @@ class HymbaConfig:
             raise ValueError("rope_factor needs rope_orig, and rope_low less than rope_high")
         if self.fusion not in FUSE:
             raise ValueError(f"fusion='{self.fusion[:60]}': use {', '.join(FUSE)}")
+        if self.ssm not in SSM:
+            raise ValueError(f"ssm='{self.ssm[:60]}': use {', '.join(SSM)}")
+        if self.ssm == "mamba2" and self.d_inner % self.ssm_head:
+            raise ValueError(f"ssm_head={self.ssm_head} does not divide expand * n_embd={self.d_inner}")
         if set(self.pattern) != {"M"}:  # attention heads must come out even
             if self.n_head % self.n_kv_head:
                 raise ValueError(f"n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}")
@@ -149,6 +155,12 @@ class HymbaConfig:
     def d_inner(self) -> int:
         """D, of the SSM heads."""
         return self.expand * self.n_embd
+
+    @property
+    def ssm_cache(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of what a block's SSM heads keep of a sequence: the convolution's last inputs, and the state."""
+        D, N, P, K = self.d_inner, self.d_state, self.ssm_head, self.d_conv
+        return ((K - 1, D), (D, N)) if self.ssm == "mamba" else ((K - 1, D + 2 * N), (D // P, P, N))
 
     def value_size(self, letter: str) -> int:
         """F: in hybrid blocks, attention heads give D channels as SSM heads do; else values are as wide as keys."""
@@ -212,6 +224,27 @@ def selective_scan(
     y = torch.stack(ys, dim=1)  # (B, T, D)
     y = y if D is None else y + D * u
     return (y if z is None else y * F.silu(z.to(u.dtype))).to(x.dtype), h
+
+
+@accelerated
+def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D, dt_bias, state=None) -> tuple[Tensor, Tensor]:
+    """Mamba-2's scan (Dao & Gu 2024, https://arxiv.org/abs/2405.21060, Sec. 6): one decay for all channels of a head.
+
+        dt = softplus(dt + dt_bias);  h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T;  y_t = h_t C_t + D x_t
+
+    x (B, T, heads, P); dt (B, T, heads); A (heads,) negative; B, C (B, T, N), the same for all heads; D, dt_bias
+    (heads,); state (B, heads, P, N), zeros if None. All is computed in float32. Returns y (B, T, heads, P) in x's dtype
+    and the last state.
+    """
+    u, dt, A, B, C = (float32(t) for t in (x, dt, A, B, C))
+    dt = F.softplus(dt + dt_bias)
+    h = u.new_zeros(*u[:, 0].shape, B.shape[-1]) if state is None else state.to(u.dtype)
+    ys = []
+    for t in range(x.shape[1]):
+        decay = torch.exp(dt[:, t] * A)[..., None, None]  # (B, heads, 1, 1)
+        h = decay * h + (dt[:, t, :, None] * u[:, t])[..., None] * B[:, t, None, None]  # (B, heads, P, N)
+        ys.append((h * C[:, t, None, None]).sum(-1))  # (B, heads, P)
+    return (torch.stack(ys, dim=1) + D[:, None] * u).to(x.dtype), h
 
 
 @accelerated
@@ -345,13 +378,14 @@ class MambaHeads(nn.Module):
 
     Every channel is a head of its own, with a state of N numbers and A = -exp(A_log).
 
-    With norm, dt, B and C are RMS-normalised. The cache of a block is asked for the convolution's last inputs and the
-    state, and to keep the new ones.
+    In hybrid blocks, dt, B and C are RMS-normalised. The cache of a block is asked for the convolution's last inputs
+    and the state, and to keep the new ones.
     """
 
-    def __init__(self, config: HymbaConfig, norm: bool):
+    def __init__(self, config: HymbaConfig, layer: int):
         super().__init__()
         D, N, R, eps = config.d_inner, config.d_state, config.dt_rank, config.norm_eps
+        norm = config.pattern[layer] != "M" or config.ssm_norm
         self.sizes, self.dtBC_sizes, self.width = [D, D], [R, N, N], D
         self.conv_weight = nn.Parameter(torch.empty(D, config.d_conv))
         self.conv_bias = nn.Parameter(torch.zeros(D))
@@ -376,6 +410,39 @@ class MambaHeads(nn.Module):
         return y
 
 
+class Mamba2Heads(nn.Module):
+    """SSM heads (Mamba-2, Sec. 7) without their outer projections: gate z, x, B, C and dt -> (B, T, D).
+
+    Heads of P channels with one A, dt and D each; B and C come straight from the input and pass the convolution, too.
+    The gated output is RMS-normalised. In hybrid blocks, the norm of the branch is that norm.
+    """
+
+    def __init__(self, config: HymbaConfig, layer: int):
+        super().__init__()
+        D, N, self.P = config.d_inner, config.d_state, config.ssm_head
+        heads = D // self.P
+        self.sizes, self.xBC_sizes, self.width = [D, D + 2 * N, heads], [D, N, N], D
+        self.conv_weight = nn.Parameter(torch.empty(D + 2 * N, config.d_conv))
+        self.conv_bias = nn.Parameter(torch.zeros(D + 2 * N))
+        self.dt_bias = nn.Parameter(torch.empty(heads))
+        self.A_log = nn.Parameter(torch.empty(heads))
+        self.D = nn.Parameter(torch.ones(heads))
+        self.norm = RMSNorm(D, config.norm_eps) if config.pattern[layer] == "M" else nn.Identity()
+
+    def forward(self, zxBCdt, cache):
+        """zxBCdt (B, T, 2 D + 2 N + heads) -> (B, T, D)."""
+        z, xBC, dt = zxBCdt.split(self.sizes, dim=-1)
+        tail, state = (None, None) if cache is None else cache.ssm
+        xBC, tail = causal_conv(xBC, self.conv_weight, self.conv_bias, tail)
+        x, B, C = xBC.split(self.xBC_sizes, dim=-1)  # (B, T, D), (B, T, N), (B, T, N)
+        A = -torch.exp(float32(self.A_log))
+        y, state = ssd(x.unflatten(-1, (-1, self.P)), dt, A, B, C, self.D, self.dt_bias, state)
+        if cache is not None:
+            cache.keep(tail, state)
+        return self.norm(swiglu(z, y.flatten(2)))
+
+
+SSM = {"mamba": MambaHeads, "mamba2": Mamba2Heads}
 FUSE = {  # how normalised attention heads y and SSM heads s, both (B, T, D), meet
     "mean": lambda y, s: 0.5 * y + 0.5 * s,
     "diff": lambda y, s: y - s,
@@ -402,13 +469,13 @@ class Mixer(nn.Module):
         super().__init__()
         letter, C, D, eps = config.pattern[layer], config.n_embd, config.d_inner, config.norm_eps
         self.attn = AttentionHeads(config, layer) if letter != "M" else None
-        self.ssm = MambaHeads(config, norm=letter != "M" or config.ssm_norm) if letter in "MHh" else None
+        self.ssm = SSM[config.ssm](config, layer) if letter in "MHh" else None
         heads = [h for h in (self.attn, self.ssm) if h]
         if len(heads) == 2:
             self.fusion = config.fusion
             self.attn_branch_norm, self.ssm_branch_norm = RMSNorm(D, eps), RMSNorm(D, eps)
         width = 2 * D if len(heads) == 2 and config.fusion == "concat" else heads[0].width
-        self.sizes = [sum(h.sizes) if h else 0 for h in (self.attn, self.ssm)]  # of in_proj's output: q, k, v and x, z
+        self.sizes = [sum(h.sizes) if h else 0 for h in (self.attn, self.ssm)]  # of in_proj's output: attention's, SSM's
         self.in_proj = nn.Linear(C, sum(self.sizes), bias=False)
         self.out_proj = nn.Linear(width, C, bias=False)
 
@@ -450,7 +517,7 @@ class Block(nn.Module):
         """x (B, T, C), its rotations (from rope_angles), kv of the block before, and this block's part of a cache.
 
         Only engine.py passes a cache. A block uses three things of it: attend(q, kv, heads) -> (y, kv), ssm, which is
-        the convolution's tail (B, K - 1, D) and the state (B, D, N), and keep(tail, state).
+        the convolution's tail and the state (config.ssm_cache), and keep(tail, state).
 
         Returns x (B, T, C) and the kv that the next block may share.
         """
@@ -490,12 +557,15 @@ class Hymba(nn.Module):
           equal gradients in an attention branch and stay nearly equal).
         - SSM (Mamba, Sec. 3.6): A = -(1 ... N) in every channel; the dt bias so that steps softplus(bias) spread
           log-uniformly over [1e-3, 1e-1], which gives channels memories of about 10 to 1000 tokens; dt_proj uniform
-          within R^-1/2, so that dt varies around its bias on the scale of its input.
+          within R^-1/2, so that dt varies around its bias on the scale of its input. Mamba-2: -A of a head is uniform
+          in [1, 16].
         - Convolutions: uniform within K^-1/2, as PyTorch has it.
         """
         c = self.config
         for name, p in self.named_parameters():
-            if name.endswith("A_log"):
+            if name.endswith("A_log") and c.ssm == "mamba2":
+                p.uniform_(1, 16).log_()
+            elif name.endswith("A_log"):
                 p.copy_(torch.arange(1, c.d_state + 1, dtype=torch.float32, device=p.device).log().expand_as(p))
             elif name.endswith("dt_bias"):
                 dt = torch.exp(torch.rand_like(p) * math.log(100) + math.log(1e-3))

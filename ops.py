@@ -14,6 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 try:
     import kernels  # Triton kernels, for GPUs; optional
@@ -36,7 +37,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Selective scan
+# Scans of SSM heads
+
+SSD_CHUNK = 64  # tokens of a chunk of Mamba-2
 
 
 class _Recurrence(torch.autograd.Function):
@@ -114,6 +117,46 @@ def selective_scan(
         y, h = _Recurrence.apply(u, dt, A.to(dtype).t().contiguous(), B, C, h.to(dtype).mT.contiguous())
         y = y.transpose(0, 1) if D is None else (y + D * u).transpose(0, 1)
         return (y if z is None else y * F.silu(z.to(dtype))).to(x.dtype), h.mT
+
+
+def _ssd_by_chunks(x, dt, A, B, C, h):
+    """y (B, T, heads, P) without the skip, and the last h. dt is after softplus, h (B, heads, P, N) the state before.
+
+    With s_t = sum of dt A from the chunk's begin to t, and u = dt x:
+
+        y_i = sum_{j <= i} exp(s_i - s_j) (C_i . B_j) u_j + exp(s_i) h C_i
+        h'  = exp(s_last) h + sum_j exp(s_last - s_j) u_j B_j^T
+
+    No exponent is ever positive, so nothing overflows.
+    """
+    T, Q = x.shape[1], min(x.shape[1], SSD_CHUNK)
+    padded = (F.pad(t, (0, 0) * (t.dim() - 2) + (0, -T % Q)) for t in (dt[..., None] * x, dt * A, B, C))
+    u, s, B, C = (t.unflatten(1, (-1, Q)) for t in padded)  # (B, chunks, Q, ...); where dt = 0, h stands still
+    u, s = u.transpose(2, 3), s.transpose(2, 3).cumsum(-1)  # (B, chunks, heads, Q, P), (B, chunks, heads, Q)
+    B, C, s_last = B[:, :, None], C[:, :, None], s[..., -1:]  # (B, chunks, 1, Q, N)
+    later = torch.ones(Q, Q, dtype=torch.bool, device=x.device).triu(1)
+    decay = (s[..., None] - s[..., None, :]).masked_fill(later, -torch.inf).exp()  # (B, chunks, heads, Q, Q)
+    y = (decay * (C @ B.mT)) @ u
+    adds = ((s_last - s).exp()[..., None] * u).mT @ B  # (B, chunks, heads, P, N)
+    before = []
+    for decay, add in zip(s_last.exp()[..., None].unbind(1), adds.unbind(1), strict=True):
+        before.append(h)
+        h = decay * h + add
+    y = y + s.exp()[..., None] * (C @ torch.stack(before, 1).mT)
+    return y.transpose(2, 3).flatten(1, 2)[:, :T], h
+
+
+def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D, dt_bias, state=None) -> tuple[Tensor, Tensor]:
+    """In float32 (float64 for float64 inputs), by matrix products. The backward pass does the forward pass again, so
+    that nothing of size T x SSD_CHUNK is kept."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        u, dt, A, B, C = (t.to(dtype) for t in (x, dt, A, B, C))
+        h = u.new_zeros(*x[:, 0].shape, B.shape[-1]) if state is None else state.to(dtype)
+        inputs = u, F.softplus(dt + dt_bias.to(dtype)), A, B, C, h
+        again = dict(use_reentrant=False, preserve_rng_state=False)
+        y, h = checkpoint(_ssd_by_chunks, *inputs, **again) if torch.is_grad_enabled() else _ssd_by_chunks(*inputs)
+        return (y + D.to(dtype)[:, None] * u).to(x.dtype), h
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -294,6 +337,7 @@ def takes_fuse(y: Tensor, s: Tensor, y_norm: nn.Module, s_norm: nn.Module, fusio
 PLAIN = {
     "rms_norm": rms_norm,
     "selective_scan": selective_scan,
+    "ssd": ssd,
     "windowed_attention": windowed_attention,
     "cross_entropy": cross_entropy,
     "linear_cross_entropy": linear_cross_entropy,

@@ -43,7 +43,7 @@ import prepare
 import sample
 from files import brief, memory, naming
 from flags import TrainConfig, parse, run
-from model import AttentionHeads, Hymba, HymbaConfig, MambaHeads, rope_angles
+from model import SSM, AttentionHeads, Hymba, HymbaConfig, rope_angles
 from run_folder import check_folder, metrics_so_far, recorded, resume, run_folder, take_over
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -153,9 +153,9 @@ def compile_kernels(config: HymbaConfig, n: int, T: int, device: torch.device) -
     """Have threads compile the kernels of a forward and backward pass of n sequences of T tokens, while the model is
     made: each kind of heads runs once, with anything for weights."""
 
-    def once(kind: type, args: tuple, rest: tuple) -> None:
+    def once(kind: type, layer: int, rest: tuple) -> None:
         with torch.device("meta"):  # draws nothing from the generator that the model's weights come from
-            heads = kind(config, *args).to_empty(device=device)
+            heads = kind(config, layer).to_empty(device=device)
         x = torch.zeros(n, config.n_meta + T, sum(heads.sizes), device=device, requires_grad=True)
         with torch.autocast("cuda", torch.bfloat16):
             out = heads(x.bfloat16(), *rest)
@@ -164,11 +164,11 @@ def compile_kernels(config: HymbaConfig, n: int, T: int, device: torch.device) -
     jobs, pool = {}, ThreadPoolExecutor()
     rope = rope_angles(config, torch.arange(config.n_meta + T, device=device)[None])
     for layer, letter in enumerate(config.pattern):
-        norm, size = letter != "M" or config.ssm_norm, config.value_size(letter)
-        if letter in "MHh" and ("ssm", norm) not in jobs:
-            jobs["ssm", norm] = pool.submit(once, MambaHeads, (norm,), (None,))
+        alone, size = letter == "M", config.value_size(letter)
+        if letter in "MHh" and ("ssm", alone) not in jobs:
+            jobs["ssm", alone] = pool.submit(once, SSM[config.ssm], layer, (None,))
         if letter != "M" and ("attention", size) not in jobs:
-            jobs["attention", size] = pool.submit(once, AttentionHeads, (layer,), (rope, None, None))
+            jobs["attention", size] = pool.submit(once, AttentionHeads, layer, (rope, None, None))
     pool.shutdown(wait=False)
     return list(jobs.values())
 
