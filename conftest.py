@@ -104,6 +104,13 @@ SMALL = dict(vocab_size=61, block_size=32, n_embd=32, n_head=4, n_kv_head=2, n_h
 LETTERS = ["TTT", "ttt", "MMM", "HHH", "hhh"]
 MIXED = ["HhhHhhhH", "MMTMtH"]
 
+SHARES = {"1:3": dict(n_head=2, n_kv_head=1), "3:1": dict(n_head=6, n_kv_head=3)}  # attention : SSM
+MEETINGS = [{"fusion": fusion} for fusion in ("mean", "diff", "concat", "sum")]  # of attention and SSM heads
+MEETINGS += [{"branch_scale": False}, {"branch_norm": "none", "fusion": "diff"}, {"rope": False}]
+MEETINGS += [{"branch_norm": "group"}, {"branch_norm": "group", "branch_scale": False, "fusion": "concat"}]
+MEETINGS += [dict(fusion="concat", head_size=8, branch_norm="group", **share) for share in SHARES.values()]
+SYSTEMS = [(pattern, {}) for pattern in LETTERS + MIXED] + [("hH", options) for options in MEETINGS[1:]]
+
 
 def small(pattern: str, seed: int = 0, **options) -> Hymba:
     """A small model whose weights are large enough that every part matters in its output."""

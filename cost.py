@@ -26,7 +26,7 @@ def cache_bytes(config: HymbaConfig, n_tokens: int, dtype: torch.dtype = torch.b
             slots = c.n_meta + (c.window if letter in "th" else n_tokens)
             total += slots * c.n_kv_head * (c.head_size + c.value_size(letter)) * dtype.itemsize
         if letter in "MHh":
-            tail, state = c.ssm_cache
+            tail, state = c.ssm_cache(letter)
             total += math.prod(tail) * dtype.itemsize + math.prod(state) * 4
     return total
 
@@ -52,7 +52,7 @@ def flops_per_token(model: Hymba, n_tokens: int | None = None, training: bool = 
                 seen = seen.clamp(max=c.window) + (seen - c.window).clamp(0, c.n_meta)
             flops += 2 * c.n_head * (c.head_size + c.value_size(letter)) * seen.sum().item()
         if letter in "MHh":
-            tail, state = c.ssm_cache
+            tail, state = c.ssm_cache(letter)
             scan = (7 if c.ssm == "mamba" else 5) * math.prod(state)
             flops += (scan + 2 * c.d_conv * tail[1]) * len(p)
     output = 2 * model.output.numel()  # text tokens only

@@ -55,7 +55,7 @@ class Cache:
                 slots = c.n_meta + (c.window if letter in "th" else n_tokens)
                 self.kv[i] = tuple(new(slots, c.n_kv_head, size) for size in (c.head_size, c.value_size(letter)))
             if letter in "MHh":
-                tail, state = c.ssm_cache
+                tail, state = c.ssm_cache(letter)
                 self.ssm[i] = new(*tail), new(*state, dtype=torch.float32)
 
     @property

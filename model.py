@@ -92,6 +92,7 @@ class HymbaConfig:
     n_embd: int = 512  # width of the model
     n_head: int = 8  # query heads
     n_kv_head: int = 4  # grouped queries: n_head / n_kv_head query heads read each key/value head
+    head_size: int = 0  # of queries and keys; 0: n_embd / n_head. Given, n_head says how wide attention is
     n_hidden: int = 1664  # of the SwiGLU feed-forward; 0 leaves it out, as pure Mamba does
     d_state: int = 16  # numbers in the SSM's state for each inner channel
     d_conv: int = 4  # taps of the convolution before the SSM
@@ -103,8 +104,11 @@ class HymbaConfig:
     window: int = 1024  # tokens a windowed query sees, itself included, meta tokens not counted
     pattern: str = ""  # empty: Hymba's, full attention in the first, middle and last block
     kv_share: bool = True  # neighbouring windowed blocks share keys and values
-    fusion: str = "mean"  # how hybrid heads meet: mean (Hymba), diff (attention - SSM) or concat
+    fusion: str = "mean"  # how hybrid heads meet: mean (Hymba), sum, diff (attention - SSM) or concat
+    branch_norm: str = "rms"  # of both kinds of heads before they meet: rms (Hymba), group (of each head) or none
+    branch_scale: bool = True  # this norm has a learned scale
     ssm_norm: bool = False  # RMSNorm on dt, B, C in M blocks, too; hybrid blocks always have it
+    rope: bool = True  # False: no position embedding (NoPE), order shows in masks and SSM heads alone
     rope_base: float = 10000.0  # of RoPE's wavelengths
     rope_orig: int = 0  # length the model was first trained on; a larger block_size stretches RoPE by NTK. 0: never
     rope_factor: float = 0.0  # 0: NTK; else Llama 3's stretch at any block_size: slow waves are slowed by this factor
@@ -114,7 +118,7 @@ class HymbaConfig:
     tied: bool = True  # the embedding is the output layer, too
 
     def __post_init__(self):
-        ranges = dict.fromkeys(["n_hidden", "rope_orig", "dt_rank"], (0, 2**24)) | {"n_layer": (0, 1000)}
+        ranges = dict.fromkeys(["n_hidden", "rope_orig", "dt_rank", "head_size"], (0, 2**24)) | {"n_layer": (0, 1000)}
         ranges |= dict.fromkeys(["expand", "d_conv"], (1, 1024)) | {"norm_eps": (1e-12, 1), "rope_base": (1, 1e12)}
         ranges |= {"n_meta": (0, 2**16), "window": (1, 2**20)}  # a cache has this many slots, used or not
         check_fields(self, ranges | dict.fromkeys(["rope_factor", "rope_low", "rope_high"], (0, 1e12)))
@@ -130,41 +134,44 @@ class HymbaConfig:
         for letter in self.pattern:
             if letter not in "TtMHh":
                 raise ValueError(f"pattern '{self.pattern[:60]}': unknown letter '{letter}'; use T, t, M, H or h")
+        for name, choices in {"fusion": FUSE, "branch_norm": ("rms", "group", "none"), "ssm": SSM}.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}='{getattr(self, name)[:60]}': use {', '.join(choices)}")
+        letters, hybrid = set(self.pattern), set(self.pattern) & set("Hh")
+        if letters != {"M"}:  # attention heads must come out even
+            if self.n_head % self.n_kv_head:
+                raise ValueError(f"n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}")
+            if self.n_embd % (2 * self.n_head) and not self.head_size:
+                raise ValueError(f"n_embd={self.n_embd} is not a multiple of 2 * n_head={2 * self.n_head} (RoPE pairs)")
+            if self.head_size % 2:
+                raise ValueError(f"head_size={self.head_size} must be even (RoPE pairs)")
+        self.head_size = self.head_size or self.n_embd // self.n_head
+        width = self.n_head * self.head_size  # of attention heads, before values are widened
+        if hybrid and width != self.n_embd and (self.fusion != "concat" or width >= 2 * self.n_embd):
+            raise ValueError(f"n_head * head_size = {width}: give n_embd, or with fusion=concat less than twice that")
+        for letter in letters & set("MHh") if self.ssm == "mamba2" else ():
+            if self.d_inner(letter) % self.ssm_head:
+                raise ValueError(f"ssm_head={self.ssm_head} does not divide {self.d_inner(letter)} SSM channels")
+        if hybrid and self.branch_norm == "group" and self.d_inner("H") % self.value_size("H"):
+            raise ValueError(f"branch_norm=group needs a head_size that divides n_embd={self.n_embd}")
         if self.rope_orig and self.head_size == 2:
             raise ValueError("rope_orig needs heads of at least 4 channels: NTK's exponent is E / (E - 2)")
         if self.rope_factor and not (self.rope_orig and self.rope_low < self.rope_high):
             raise ValueError("rope_factor needs rope_orig, and rope_low less than rope_high")
-        if self.fusion not in FUSE:
-            raise ValueError(f"fusion='{self.fusion[:60]}': use {', '.join(FUSE)}")
-        if self.ssm not in SSM:
-            raise ValueError(f"ssm='{self.ssm[:60]}': use {', '.join(SSM)}")
-        if self.ssm == "mamba2" and self.d_inner % self.ssm_head:
-            raise ValueError(f"ssm_head={self.ssm_head} does not divide expand * n_embd={self.d_inner}")
-        if set(self.pattern) != {"M"}:  # attention heads must come out even
-            if self.n_head % self.n_kv_head:
-                raise ValueError(f"n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}")
-            if self.n_embd % (2 * self.n_head):
-                raise ValueError(f"n_embd={self.n_embd} is not a multiple of 2 * n_head={2 * self.n_head} (RoPE pairs)")
-
-    @property
-    def head_size(self) -> int:
-        """E, of queries and keys."""
-        return self.n_embd // self.n_head
-
-    @property
-    def d_inner(self) -> int:
-        """D, of the SSM heads."""
-        return self.expand * self.n_embd
-
-    @property
-    def ssm_cache(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of what a block's SSM heads keep of a sequence: the convolution's last inputs, and the state."""
-        D, N, P, K = self.d_inner, self.d_state, self.ssm_head, self.d_conv
-        return ((K - 1, D), (D, N)) if self.ssm == "mamba" else ((K - 1, D + 2 * N), (D // P, P, N))
 
     def value_size(self, letter: str) -> int:
-        """F: in hybrid blocks, attention heads give D channels as SSM heads do; else values are as wide as keys."""
-        return self.d_inner // self.n_head if letter in "Hh" else self.head_size
+        """F: hybrid blocks widen values as they widen SSM heads, so that both give D channels; else as wide as keys."""
+        return self.expand * self.head_size if letter in "Hh" else self.head_size
+
+    def d_inner(self, letter: str) -> int:
+        """D, of SSM heads. In hybrid blocks, they have what attention heads leave of 2 expand n_embd channels."""
+        attention = self.n_head * self.head_size if letter in "Hh" else self.n_embd
+        return self.expand * (2 * self.n_embd - attention)
+
+    def ssm_cache(self, letter: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of what a block's SSM heads keep of a sequence: the convolution's last inputs, and the state."""
+        D, N, P, K = self.d_inner(letter), self.d_state, self.ssm_head, self.d_conv
+        return ((K - 1, D), (D, N)) if self.ssm == "mamba" else ((K - 1, D + 2 * N), (D // P, P, N))
 
     @property
     def kv_owner(self) -> list[int | None]:
@@ -308,6 +315,7 @@ def rope_angles(config: HymbaConfig, pos: Tensor) -> tuple[Tensor, Tensor]:
     rope_factor, the slow waves alone are slowed, as in Llama 3.1 (rope_type "llama3" in its config.json).
     """
     c, E, base = config, config.head_size, config.rope_base
+    pos = pos if c.rope else 0 * pos  # without RoPE, nothing turns
     if 0 < c.rope_orig < c.block_size and not c.rope_factor:
         base *= (2 * c.block_size / c.rope_orig - 1) ** (E / (E - 2))
     freq = base ** (-torch.arange(0, E, 2, device=pos.device, dtype=torch.float32) / E)  # (E / 2,)
@@ -339,6 +347,20 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+
+class GroupNorm(nn.Module):
+    """x / rms(x) of each `group` of neighbouring channels by itself, with a learned scale or without."""
+
+    def __init__(self, size: int, group: int, eps: float, scale: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size)) if scale else None
+        self.group, self.eps = group, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = float32(x).unflatten(-1, (-1, self.group))
+        u = (u * torch.rsqrt(u.square().mean(-1, keepdim=True) + self.eps)).flatten(-2)
+        return (u if self.weight is None else u * self.weight).to(x.dtype)
 
 
 class AttentionHeads(nn.Module):
@@ -384,8 +406,8 @@ class MambaHeads(nn.Module):
 
     def __init__(self, config: HymbaConfig, layer: int):
         super().__init__()
-        D, N, R, eps = config.d_inner, config.d_state, config.dt_rank, config.norm_eps
-        norm = config.pattern[layer] != "M" or config.ssm_norm
+        letter, N, R, eps = config.pattern[layer], config.d_state, config.dt_rank, config.norm_eps
+        D, norm = config.d_inner(letter), letter != "M" or config.ssm_norm
         self.sizes, self.dtBC_sizes, self.width = [D, D], [R, N, N], D
         self.conv_weight = nn.Parameter(torch.empty(D, config.d_conv))
         self.conv_bias = nn.Parameter(torch.zeros(D))
@@ -419,7 +441,8 @@ class Mamba2Heads(nn.Module):
 
     def __init__(self, config: HymbaConfig, layer: int):
         super().__init__()
-        D, N, self.P = config.d_inner, config.d_state, config.ssm_head
+        letter = config.pattern[layer]
+        D, N, self.P = config.d_inner(letter), config.d_state, config.ssm_head
         heads = D // self.P
         self.sizes, self.xBC_sizes, self.width = [D, D + 2 * N, heads], [D, N, N], D
         self.conv_weight = nn.Parameter(torch.empty(D + 2 * N, config.d_conv))
@@ -427,7 +450,7 @@ class Mamba2Heads(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(heads))
         self.A_log = nn.Parameter(torch.empty(heads))
         self.D = nn.Parameter(torch.ones(heads))
-        self.norm = RMSNorm(D, config.norm_eps) if config.pattern[layer] == "M" else nn.Identity()
+        self.norm = RMSNorm(D, config.norm_eps) if letter == "M" else nn.Identity()
 
     def forward(self, zxBCdt, cache):
         """zxBCdt (B, T, 2 D + 2 N + heads) -> (B, T, D)."""
@@ -443,8 +466,9 @@ class Mamba2Heads(nn.Module):
 
 
 SSM = {"mamba": MambaHeads, "mamba2": Mamba2Heads}
-FUSE = {  # how normalised attention heads y and SSM heads s, both (B, T, D), meet
+FUSE = {  # how attention heads y and SSM heads s, normalised and both (B, T, D), meet
     "mean": lambda y, s: 0.5 * y + 0.5 * s,
+    "sum": lambda y, s: y + s,
     "diff": lambda y, s: y - s,
     "concat": lambda y, s: torch.cat([y, s], dim=-1),
 }
@@ -452,8 +476,18 @@ FUSE = {  # how normalised attention heads y and SSM heads s, both (B, T, D), me
 
 @accelerated
 def fuse(y: Tensor, s: Tensor, y_norm: nn.Module, s_norm: nn.Module, fusion: str) -> Tensor:
-    """Both branches (B, T, D), normalised each with its own scale, as one."""
+    """Both branches (B, T, D), normalised each by its own norm, as one."""
     return FUSE[fusion](y_norm(y), s_norm(s))
+
+
+def branch_norm(config: HymbaConfig, size: int) -> nn.Module:
+    """The norm of a branch of `size` channels before it meets the other one. Hymba's is RMSNorm."""
+    if config.branch_norm == "none":
+        return nn.Identity()
+    if config.branch_norm == "rms" and config.branch_scale:
+        return RMSNorm(size, config.norm_eps)
+    group = config.value_size("H") if config.branch_norm == "group" else size
+    return GroupNorm(size, group, config.norm_eps, config.branch_scale)
 
 
 class Mixer(nn.Module):
@@ -467,15 +501,15 @@ class Mixer(nn.Module):
 
     def __init__(self, config: HymbaConfig, layer: int):
         super().__init__()
-        letter, C, D, eps = config.pattern[layer], config.n_embd, config.d_inner, config.norm_eps
+        letter, C = config.pattern[layer], config.n_embd
         self.attn = AttentionHeads(config, layer) if letter != "M" else None
         self.ssm = SSM[config.ssm](config, layer) if letter in "MHh" else None
         heads = [h for h in (self.attn, self.ssm) if h]
         if len(heads) == 2:
             self.fusion = config.fusion
-            self.attn_branch_norm, self.ssm_branch_norm = RMSNorm(D, eps), RMSNorm(D, eps)
-        width = 2 * D if len(heads) == 2 and config.fusion == "concat" else heads[0].width
-        self.sizes = [sum(h.sizes) if h else 0 for h in (self.attn, self.ssm)]  # of in_proj's output: attention's, SSM's
+            self.attn_branch_norm, self.ssm_branch_norm = (branch_norm(config, h.width) for h in heads)
+        width = sum(h.width for h in heads) if config.fusion == "concat" else heads[0].width
+        self.sizes = [sum(h.sizes) if h else 0 for h in (self.attn, self.ssm)]  # of in_proj's output
         self.in_proj = nn.Linear(C, sum(self.sizes), bias=False)
         self.out_proj = nn.Linear(width, C, bias=False)
 

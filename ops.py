@@ -321,7 +321,8 @@ def steps_by_kernels(block: nn.Module, x: Tensor) -> bool:
     )
 
 
-BRANCH_WEIGHTS = {"mean": (0.5, 0.5), "diff": (1.0, -1.0)}  # what attention and SSM heads count in their sum
+# What attention and SSM heads count in their sum
+BRANCH_WEIGHTS = {"mean": (0.5, 0.5), "sum": (1.0, 1.0), "diff": (1.0, -1.0)}
 
 
 def fuse(y: Tensor, s: Tensor, y_norm: nn.Module, s_norm: nn.Module, fusion: str) -> Tensor:
@@ -330,7 +331,8 @@ def fuse(y: Tensor, s: Tensor, y_norm: nn.Module, s_norm: nn.Module, fusion: str
 
 def takes_fuse(y: Tensor, s: Tensor, y_norm: nn.Module, s_norm: nn.Module, fusion: str) -> bool:
     eps = {getattr(norm, "eps", None) for norm in (y_norm, s_norm)}
-    alike = len(eps) == 1 and None not in eps  # the kernel knows RMSNorm, with one eps
+    grouped = any(hasattr(norm, "group") for norm in (y_norm, s_norm))
+    alike = len(eps) == 1 and None not in eps and not grouped  # the kernel knows RMSNorm, with one eps
     return fusion in BRANCH_WEIGHTS and in_inference(y) and alike and untouched(y_norm, s_norm)
 
 

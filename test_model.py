@@ -22,8 +22,10 @@ import model as model_module
 import train
 from conftest import (
     LETTERS,
+    MEETINGS,
     MIXED,
     SMALL,
+    SYSTEMS,
     compare_with_grads,
     cross_entropy_inputs,
     dense_attention,
@@ -76,7 +78,11 @@ def test_baseline_configs_match_in_parameters():
         ({"pattern": "HhH", "n_layer": 4}, "has 3 letters but n_layer=4"),
         ({"n_head": 8, "n_kv_head": 3}, "n_head=8 is not a multiple of n_kv_head=3"),
         ({"n_embd": 100, "n_head": 8}, "n_embd=100 is not a multiple of 2 * n_head=16"),
-        ({"fusion": "sum"}, "use mean, diff, concat"),
+        ({"fusion": "max"}, "use mean, sum, diff, concat"),
+        ({"branch_norm": "layer"}, "branch_norm='layer': use rms, group, none"),
+        ({"n_head": 4, "head_size": 64}, "n_head * head_size = 256: give n_embd, or with fusion=concat less"),
+        ({"n_head": 16, "head_size": 64, "fusion": "concat"}, "n_head * head_size = 1024: give n_embd, or with fusion"),
+        ({"head_size": 63}, "head_size=63 must be even"),
         ({"window": 0}, "window=0: must be 1 or more"),
         ({"n_meta": -1}, "n_meta=-1: must be 0 or more"),
         ({"rope_factor": 8.0}, "rope_factor needs rope_orig, and rope_low less than rope_high"),
@@ -166,22 +172,24 @@ def test_the_model_that_runs_is_the_one_that_is_read(pattern, monkeypatch):
 # The model
 
 
-@pytest.mark.parametrize("fusion", ["mean", "diff", "concat"])
+@pytest.mark.parametrize("options", MEETINGS, ids=str)
 @pytest.mark.parametrize("letter", ["H", "h"])
 @pytest.mark.parametrize("runs", ["definitions", "ops"])
-def test_hybrid_heads_against_a_plain_forward(runs, letter, fusion, monkeypatch):
+def test_hybrid_heads_against_a_plain_forward(runs, letter, options, monkeypatch):
     """A block's mixer in float64, from the released format's words: row order, norms, RoPE, mask, gate, fusion."""
     if runs == "definitions":
         monkeypatch.setattr(model_module, "ops", None)
-    model = small(letter, fusion=fusion).double()
+    model = small(letter, **options).double()
     m, M, x = model.blocks[0].mixer, 5, torch.randn(2, 30, 32, dtype=torch.float64)
     with torch.no_grad():
         y, _ = m(x, model_module.rope_angles(model.config, torch.arange(30)[None]), None, None)
     w = {name.removeprefix("ssm."): p.detach() for name, p in m.named_parameters()}
     rms = lambda u, scale: u / (u.square().mean(-1, keepdim=True) + 1e-6).sqrt() * scale  # noqa: E731
-    u = x @ w["in_proj.weight"].T
-    q, k, v, s, z = u[..., :32], u[..., 32:48], u[..., 48:80], u[..., 80:144], u[..., 144:]
+    H, G = model.config.n_head, model.config.n_kv_head
+    D = 128 - 16 * H  # what attention heads leave of 2 x 64 channels
+    q, k, v, s, z = (x @ w["in_proj.weight"].T).split([8 * H, 8 * G, 16 * G, D, D], -1)
     angle = torch.arange(30.0).double()[:, None] * 10000.0 ** (-torch.arange(4).double() / 4)
+    angle = angle if options.get("rope", True) else torch.zeros_like(angle)
     turn = torch.polar(torch.ones_like(angle), angle)[None, :, None]  # channel i and i + E / 2 as one complex number
 
     def rotate(u, heads):
@@ -189,14 +197,23 @@ def test_hybrid_heads_against_a_plain_forward(runs, letter, fusion, monkeypatch)
         return torch.cat([u.real, u.imag], -1)
 
     window = model.config.window if letter == "h" else None
-    attn = dense_attention(rotate(q, 4), rotate(k, 2), v.reshape(2, 30, 2, 16), window, M).reshape(2, 30, 64)
-    s = F.silu(F.conv1d(F.pad(s.mT, (3, 0)), w["conv_weight"][:, None], w["conv_bias"], groups=64)).mT
+    attn = dense_attention(rotate(q, H), rotate(k, G), v.reshape(2, 30, G, 16), window, M).reshape(2, 30, 16 * H)
+    s = F.silu(F.conv1d(F.pad(s.mT, (3, 0)), w["conv_weight"][:, None], w["conv_bias"], groups=D)).mT
     p = s @ w["x_proj.weight"].T
     dt = rms(p[..., :2], w["dt_norm.weight"]) @ w["dt_proj.weight"].T
     B, C = rms(p[..., 2:6], w["B_norm.weight"]), rms(p[..., 6:], w["C_norm.weight"])
     ssm, _ = scan_loop(s, dt, -w["A_log"].exp(), B, C, w["D"], z, w["dt_bias"])
-    a, b = rms(attn, w["attn_branch_norm.weight"]), rms(ssm, w["ssm_branch_norm.weight"])
-    fused = {"mean": (a + b) / 2, "diff": a - b, "concat": torch.cat([a, b], -1)}[fusion]
+    norm, branches = options.get("branch_norm", "rms"), []
+    for u, name in ((attn, "attn_branch_norm.weight"), (ssm, "ssm_branch_norm.weight")):
+        assert (name in w) == (options.get("branch_scale", True) and norm != "none")
+        if norm == "group":
+            u = torch.cat([rms(head, 1) for head in u.split(16, -1)], -1)
+        branches.append((rms(u, 1) if norm == "rms" else u) * w.get(name, 1))
+    fusion, signs = options.get("fusion", "mean"), {"mean": (0.5, 0.5), "diff": (1, -1), "sum": (1, 1)}
+    if fusion == "concat":
+        fused = torch.cat(branches, -1)
+    else:
+        fused = sum(k * u for k, u in zip(signs[fusion], branches, strict=True))
     assert error(y, fused @ w["out_proj.weight"].T) < 1e-5  # RoPE, norms and A are float32
 
 
@@ -222,12 +239,9 @@ def test_kv_sharing():
     assert error(model(idx), before) > 1e-3
 
 
-@pytest.mark.parametrize("fusion", ["mean", "diff", "concat"])
-@pytest.mark.parametrize("pattern", LETTERS + MIXED)
-def test_causality(pattern, fusion):
-    if fusion != "mean" and not set(pattern) & set("Hh"):
-        pytest.skip("fusion concerns hybrid blocks alone")
-    model = small(pattern, fusion=fusion)
+@pytest.mark.parametrize("pattern, options", SYSTEMS, ids=str)
+def test_causality(pattern, options):
+    model = small(pattern, **options)
     idx = tokens(2, 30)
     changed = idx.clone()
     changed[:, 17] = (changed[:, 17] + 1) % 61

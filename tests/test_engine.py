@@ -15,16 +15,15 @@ import cost
 import engine
 import model as model_module
 import ops
-from conftest import LETTERS, MIXED, SMALL, error, needs_gpu, on_device, small, tokens
+from conftest import MIXED, SMALL, SYSTEMS, error, needs_gpu, on_device, small, tokens
 from engine import Cache, Engine
 from model import Hymba, HymbaConfig
 
 
-@pytest.mark.parametrize("fusion", ["mean", "diff", "concat"])
-@pytest.mark.parametrize("pattern", LETTERS + MIXED)
-def test_cache_gives_the_full_forward(pattern, fusion):
+@pytest.mark.parametrize("pattern, options", SYSTEMS, ids=str)
+def test_cache_gives_the_full_forward(pattern, options):
     """One full forward = prefill + decode = prefill in pieces, far past the window, and bytes held = bytes promised."""
-    model = small(pattern, fusion=fusion)
+    model = small(pattern, **options)
     idx = tokens(2, 60)
     with torch.no_grad():
         full = model(idx)

@@ -217,9 +217,10 @@ def operations() -> dict:
         "apply_rope": ([(r(1, 3, 2, 8), None)], [(r(1, 3, 2, 8, dtype=f64), None)]),
         "swiglu": ([(y, y)], [(y.double(), y.double())]),
         "fuse": (
-            [fused(norm, norm, "mean"), fused(norm, norm, "diff")],
-            [fused(norm, norm, "concat"), fused(norm, hooked, "mean"), fused(nn.Identity(), norm, "mean"),
-             fused(norm, nn.LayerNorm(8), "mean"), (y.double(), y.double(), norm, norm, "mean")],
+            [fused(norm, norm, "mean"), fused(norm, norm, "diff"), fused(norm, norm, "sum")],
+            [fused(norm, norm, "concat"), fused(norm, model_module.GroupNorm(8, 4, 1e-6, True), "mean"),
+             fused(norm, hooked, "mean"), fused(nn.Identity(), norm, "mean"), fused(norm, nn.LayerNorm(8), "mean"),
+             (y.double(), y.double(), norm, norm, "mean")],
         ),
     }  # fmt: skip
 
