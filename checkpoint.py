@@ -95,8 +95,9 @@ RELEASED_KEYS = {
     ),
 }
 
-# Stay float32 in a bfloat16 model: what the convolution and the scan multiply and add channel by channel
-FLOAT32 = ("conv_weight", "conv_bias", "dt_bias", "A_log", ".D")
+# Stay float32 in a bfloat16 model: what the convolution and the scan multiply and add channel by channel, and what
+# chooses experts
+FLOAT32 = ("conv_weight", "conv_bias", "dt_bias", "A_log", ".D", "router_proj.weight")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of weights
 

@@ -106,10 +106,12 @@ MIXED = ["HhhHhhhH", "MMTMtH"]
 
 SHARES = {"1:3": dict(n_head=2, n_kv_head=1), "3:1": dict(n_head=6, n_kv_head=3)}  # attention : SSM
 MEETINGS = [{"fusion": fusion} for fusion in ("mean", "diff", "concat", "sum")]  # of attention and SSM heads
-MEETINGS += [{"branch_scale": False}, {"branch_norm": "none", "fusion": "diff"}, {"rope": False}]
+MEETINGS += [{"branch_scale": False}, {"branch_norm": "none", "branch_scale": False, "fusion": "diff"}]
+MEETINGS += [{"branch_norm": "none"}, {"rope": False}]
 MEETINGS += [{"branch_norm": "group"}, {"branch_norm": "group", "branch_scale": False, "fusion": "concat"}]
 MEETINGS += [dict(fusion="concat", head_size=8, branch_norm="group", **share) for share in SHARES.values()]
 SYSTEMS = [(pattern, {}) for pattern in LETTERS + MIXED] + [("hH", options) for options in MEETINGS[1:]]
+SYSTEMS += [(pattern, {"n_expert": 4, "n_expert_active": 2}) for pattern in ("HhT", "MTM")]
 
 
 def small(pattern: str, seed: int = 0, **options) -> Hymba:
@@ -118,7 +120,7 @@ def small(pattern: str, seed: int = 0, **options) -> Hymba:
     model = Hymba(HymbaConfig(**(SMALL | {"pattern": pattern} | options)))
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if name.endswith(("proj.weight", "embed.weight", "meta")):
+            if name.endswith(("proj.weight", "_proj", "embed.weight", "meta")):
                 p.normal_(std=0.15)
             elif name.endswith("norm.weight"):
                 p.uniform_(0.5, 1.5)
@@ -142,6 +144,16 @@ def scan_inputs(B, T, D, N, seed, given=None) -> dict:
     return inputs | {k: v for k, v in options.items() if (given or {}).get(k, True)}
 
 
+def expert_inputs(n, C, hidden, X, k, seed) -> tuple[dict, torch.Tensor]:
+    """Inputs of mixture, and which experts each token has: one expert gets nothing where X > k."""
+    g = torch.Generator().manual_seed(seed)
+    r = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    inputs = {"x": r(n, C), "weight": r(n, k), "gate": r(X, hidden, C), "up": r(X, hidden, C), "down": r(X, C, hidden)}
+    scores = torch.rand(n, X, generator=g)
+    scores[:, 0] -= 2 * (X > k)
+    return inputs, scores.topk(k).indices
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Independent computations
 
@@ -157,6 +169,18 @@ def scan_loop(x, dt, A, B, C, D=None, z=None, dt_bias=None, state=None):
         y = y if D is None else y + D * x[:, t]
         ys.append(y if z is None else y * z[:, t] * torch.sigmoid(z[:, t]))
     return torch.stack(ys, 1), h
+
+
+def experts_loop(x, expert, weight, gate, up, down):
+    """Each token through each of its experts, one by one."""
+    rows = []
+    for t in range(len(x)):
+        row = torch.zeros_like(x[t])
+        for e, w in zip(expert[t].tolist(), weight[t], strict=True):
+            g = gate[e] @ x[t]
+            row = row + w * (down[e] @ (g * torch.sigmoid(g) * (up[e] @ x[t])))
+        rows.append(row)
+    return torch.stack(rows)
 
 
 def dense_attention(q, k, v, window, n_meta):

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ops
-from model import Block, Hymba, HymbaConfig, Mixer, RMSNorm, fuse, rope_angles, swiglu, windowed_attention
+from model import Block, Experts, Hymba, HymbaConfig, Mixer, RMSNorm, fuse, rope_angles, swiglu, windowed_attention
 
 try:
     import engine_kernels  # one new token a row, on GPUs; optional
@@ -200,6 +200,8 @@ def step_block(block: Block, x: Tensor, rope: tuple[Tensor, Tensor], cache: Bloc
     x = step_linear(block.mixer.out_proj, y, add=x)
     if block.ffn is None:
         return x
+    if isinstance(block.ffn, Experts):
+        return x + block.ffn(block.ffn_norm(x))
     gate, up = block.ffn.gate_proj, block.ffn.up_proj
     if engine_kernels.fits_matvec(x):
         y = engine_kernels.matvec(x, gate.weight, up.weight, *scale_of(block.ffn_norm))

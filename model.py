@@ -94,6 +94,9 @@ class HymbaConfig:
     n_kv_head: int = 4  # grouped queries: n_head / n_kv_head query heads read each key/value head
     head_size: int = 0  # of queries and keys; 0: n_embd / n_head. Given, n_head says how wide attention is
     n_hidden: int = 1664  # of the SwiGLU feed-forward; 0 leaves it out, as pure Mamba does
+    n_expert: int = 0  # mixture of experts: so many feed-forwards of n_hidden in each block; 0: one for all tokens
+    n_expert_active: int = 2  # experts that a token goes through
+    balance: float = 0.01  # weight of the loss that evens out how many tokens experts get
     d_state: int = 16  # numbers in the SSM's state for each inner channel
     d_conv: int = 4  # taps of the convolution before the SSM
     expand: int = 2  # inner channels of SSM heads for each channel of the model
@@ -120,6 +123,7 @@ class HymbaConfig:
     def __post_init__(self):
         ranges = dict.fromkeys(["n_hidden", "rope_orig", "dt_rank", "head_size"], (0, 2**24)) | {"n_layer": (0, 1000)}
         ranges |= dict.fromkeys(["expand", "d_conv"], (1, 1024)) | {"norm_eps": (1e-12, 1), "rope_base": (1, 1e12)}
+        ranges |= {"n_expert": (0, 4096), "n_expert_active": (1, 4096), "balance": (0, 1e6)}
         ranges |= {"n_meta": (0, 2**16), "window": (1, 2**20)}  # a cache has this many slots, used or not
         check_fields(self, ranges | dict.fromkeys(["rope_factor", "rope_low", "rope_high"], (0, 1e12)))
         n = self.n_layer or len(self.pattern) or 24
@@ -137,6 +141,8 @@ class HymbaConfig:
         for name, choices in {"fusion": FUSE, "branch_norm": ("rms", "group", "none"), "ssm": SSM}.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}='{getattr(self, name)[:60]}': use {', '.join(choices)}")
+        if self.n_expert and (self.n_expert_active > self.n_expert or not self.n_hidden):
+            raise ValueError(f"n_expert={self.n_expert}: give n_expert_active={self.n_expert_active} or more")
         letters, hybrid = set(self.pattern), set(self.pattern) & set("Hh")
         if letters != {"M"}:  # attention heads must come out even
             if self.n_head % self.n_kv_head:
@@ -289,6 +295,20 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 @accelerated
+def mixture(x: Tensor, expert: Tensor, weight: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """sum over j < k of weight[:, j] * feed-forward number expert[:, j], for the k experts of each token.
+
+    x (n, C), expert and weight (n, k), gate and up (X, hidden, C), down (X, C, hidden) -> (n, C).
+    """
+    y = torch.zeros(x.shape, dtype=weight.dtype, device=x.device)
+    for e in range(len(gate)):
+        token, j = torch.where(expert == e)
+        out = F.linear(swiglu(F.linear(x[token], gate[e]), F.linear(x[token], up[e])), down[e])
+        y = y.index_add(0, token, weight[token, j, None] * out)
+    return y.to(x.dtype)
+
+
+@accelerated
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
     """Cross-entropy in nats of the logits x weight^T. Targets are negative where there is nothing to predict.
 
@@ -347,20 +367,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
-
-
-class GroupNorm(nn.Module):
-    """x / rms(x) of each `group` of neighbouring channels by itself, with a learned scale or without."""
-
-    def __init__(self, size: int, group: int, eps: float, scale: bool):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size)) if scale else None
-        self.group, self.eps = group, eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        u = float32(x).unflatten(-1, (-1, self.group))
-        u = (u * torch.rsqrt(u.square().mean(-1, keepdim=True) + self.eps)).flatten(-2)
-        return (u if self.weight is None else u * self.weight).to(x.dtype)
 
 
 class AttentionHeads(nn.Module):
@@ -480,14 +486,19 @@ def fuse(y: Tensor, s: Tensor, y_norm: nn.Module, s_norm: nn.Module, fusion: str
     return FUSE[fusion](y_norm(y), s_norm(s))
 
 
-def branch_norm(config: HymbaConfig, size: int) -> nn.Module:
-    """The norm of a branch of `size` channels before it meets the other one. Hymba's is RMSNorm."""
-    if config.branch_norm == "none":
-        return nn.Identity()
-    if config.branch_norm == "rms" and config.branch_scale:
-        return RMSNorm(size, config.norm_eps)
-    group = config.value_size("H") if config.branch_norm == "group" else size
-    return GroupNorm(size, group, config.norm_eps, config.branch_scale)
+class BranchNorm(nn.Module):
+    """What a branch may have in place of RMSNorm: a norm of each head, or none, with a learned scale or without."""
+
+    def __init__(self, config: HymbaConfig, size: int):
+        super().__init__()
+        self.group = {"rms": size, "group": config.value_size("H"), "none": 0}[config.branch_norm]
+        self.weight = nn.Parameter(torch.ones(size)) if config.branch_scale else None
+        self.eps = config.norm_eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.group:
+            x = rms_norm(x.unflatten(-1, (-1, self.group)), x.new_ones(self.group), self.eps).flatten(-2)
+        return x if self.weight is None else (x * self.weight).to(x.dtype)
 
 
 class Mixer(nn.Module):
@@ -506,8 +517,9 @@ class Mixer(nn.Module):
         self.ssm = SSM[config.ssm](config, layer) if letter in "MHh" else None
         heads = [h for h in (self.attn, self.ssm) if h]
         if len(heads) == 2:
-            self.fusion = config.fusion
-            self.attn_branch_norm, self.ssm_branch_norm = (branch_norm(config, h.width) for h in heads)
+            self.fusion, plain = config.fusion, config.branch_norm == "rms" and config.branch_scale
+            norms = (RMSNorm(h.width, config.norm_eps) if plain else BranchNorm(config, h.width) for h in heads)
+            self.attn_branch_norm, self.ssm_branch_norm = norms
         width = sum(h.width for h in heads) if config.fusion == "concat" else heads[0].width
         self.sizes = [sum(h.sizes) if h else 0 for h in (self.attn, self.ssm)]  # of in_proj's output
         self.in_proj = nn.Linear(C, sum(self.sizes), bias=False)
@@ -537,6 +549,31 @@ class FeedForward(nn.Module):
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
+class Experts(nn.Module):
+    """Mixture of experts: X SwiGLU feed-forwards, of which each token goes through the k that its router scores best.
+
+    A softmax over these k scores weighs their outputs. Every token gets all of its k experts: none is dropped.
+    """
+
+    def __init__(self, config: HymbaConfig):
+        super().__init__()
+        X, C, hidden, self.k = config.n_expert, config.n_embd, config.n_hidden, config.n_expert_active
+        self.router_proj = nn.Linear(C, X, bias=False)
+        self.gate_proj, self.up_proj = (nn.Parameter(torch.empty(X, hidden, C)) for _ in range(2))
+        self.down_proj = nn.Parameter(torch.empty(X, C, hidden))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, C) -> (B, T, C). In training, self.load (X,) is each expert's share of all choices."""
+        u = x.flatten(0, 1)  # (n, C)
+        with torch.autocast(x.device.type, enabled=False):  # float32: rounding would change who is best
+            scores = F.linear(float32(u), float32(self.router_proj.weight))  # (n, X)
+        best, expert = scores.topk(self.k)  # (n, k)
+        if torch.is_grad_enabled():  # Switch Transformer (https://arxiv.org/abs/2101.03961), Eq. 4
+            self.load = torch.zeros_like(scores).scatter(1, expert, 1 / self.k).mean(0)
+            self.balance = len(self.load) * (self.load * scores.softmax(-1).mean(0)).sum()  # 1 where all get as many
+        return mixture(u, expert, best.softmax(-1), self.gate_proj, self.up_proj, self.down_proj).view_as(x)
+
+
 class Block(nn.Module):
     """Pre-norm residual block: a token mixer, then the feed-forward unless n_hidden is 0."""
 
@@ -545,7 +582,7 @@ class Block(nn.Module):
         self.mixer_norm = RMSNorm(config.n_embd, config.norm_eps)
         self.mixer = Mixer(config, layer)
         self.ffn_norm = RMSNorm(config.n_embd, config.norm_eps) if config.n_hidden else None
-        self.ffn = FeedForward(config) if config.n_hidden else None
+        self.ffn = (Experts if config.n_expert else FeedForward)(config) if config.n_hidden else None
 
     def forward(self, x, rope, kv=None, cache=None):
         """x (B, T, C), its rotations (from rope_angles), kv of the block before, and this block's part of a cache.
@@ -608,9 +645,9 @@ class Hymba(nn.Module):
                 p.uniform_(-(c.dt_rank**-0.5), c.dt_rank**-0.5)
             elif name.endswith("conv_weight"):
                 p.uniform_(-(c.d_conv**-0.5), c.d_conv**-0.5)
-            elif name.endswith(("out_proj.weight", "down_proj.weight")):
+            elif name.endswith(("out_proj.weight", "down_proj.weight", "down_proj")):
                 p.normal_(std=0.02 / math.sqrt(2 * c.n_layer))
-            elif p.dim() == 2:
+            elif p.dim() > 1:
                 p.normal_(std=0.02)
 
     @property
@@ -639,7 +676,13 @@ class Hymba(nn.Module):
         targets[:, t] is the token after idx[:, t], negative where there is nothing to predict.
         """
         x = self.hidden(idx)
-        return F.linear(x, self.output) if targets is None else linear_cross_entropy(x, self.output, targets)
+        if targets is None:
+            return F.linear(x, self.output)
+        loss = linear_cross_entropy(x, self.output, targets)
+        for ffn in [block.ffn for block in self.blocks] if self.config.n_expert and loss.requires_grad else ():
+            balance, ffn.balance = ffn.balance, ffn.balance.detach()
+            loss = loss + self.config.balance * (balance - ffn.balance)  # + 0: of balance, only the gradient counts
+        return loss
 
     @torch.no_grad()
     def generate(self, prompt: list[int], n: int, temperature: float = 1.0) -> Iterator[int]:

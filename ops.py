@@ -184,6 +184,50 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, n_me
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Mixture of experts
+
+
+class _Permutation(torch.autograd.Function):
+    """x[order]. The gradient is a gather, too: autograd's own would add up rows, in an order that is left to chance."""
+
+    @staticmethod
+    def forward(ctx, x, order, inverse):
+        ctx.save_for_backward(inverse)
+        return x[order]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        return dy[ctx.saved_tensors[0]], None, None
+
+
+def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Rows of x (n, a) in groups, each times its group's matrix: weight (X, b, a) -> (n, b). Group g ends before row
+    ends[g]. In bfloat16, one call of torch's grouped product, where this torch has it."""
+    dtype = compute_dtype(x)
+    aligned = all(n % 8 == 0 for n in weight.shape[1:])  # it wants rows of 16 bytes
+    if hasattr(F, "grouped_mm") and dtype == torch.bfloat16 and aligned:
+        return F.grouped_mm(x.to(dtype), weight.to(dtype).mT, offs=ends)
+    if x.is_cuda or torch.compiler.is_compiling():  # all rows times all matrices: the host shall not wait for ends
+        group = torch.searchsorted(ends, torch.arange(len(x), device=x.device), right=True)[:, None]
+        return sum(F.linear(x, w).where(group == g, 0) for g, w in enumerate(weight))
+    rows = x.tensor_split(ends[:-1].tolist())
+    return torch.cat([F.linear(u, w) for u, w in zip(rows, weight, strict=True)])
+
+
+def mixture(x: Tensor, expert: Tensor, weight: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Pairs of a token and an expert are sorted by expert, so that each expert gets its rows in one product."""
+    X, k = len(gate), expert.shape[1]
+    expert, order = expert.flatten().sort(stable=True)  # (n k,)
+    inverse = order.argsort()
+    ends = torch.searchsorted(expert, torch.arange(X, device=x.device), right=True, out_int32=True)  # (X,)
+    u = _Permutation.apply(x.repeat_interleave(k, dim=0), order, inverse)  # (n k, C)
+    u = F.silu(grouped_linear(u, gate, ends)) * grouped_linear(u, up, ends)  # (n k, hidden)
+    u = _Permutation.apply(grouped_linear(u, down, ends), inverse, order).unflatten(0, (-1, k))  # (n, k, C)
+    return (u * weight[..., None]).sum(1).to(x.dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Loss
 
 
@@ -341,6 +385,7 @@ PLAIN = {
     "selective_scan": selective_scan,
     "ssd": ssd,
     "windowed_attention": windowed_attention,
+    "mixture": mixture,
     "cross_entropy": cross_entropy,
     "linear_cross_entropy": linear_cross_entropy,
     "rope_table": rope_table,

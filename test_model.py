@@ -30,6 +30,8 @@ from conftest import (
     cross_entropy_inputs,
     dense_attention,
     error,
+    expert_inputs,
+    experts_loop,
     plain_cross_entropy,
     scan_inputs,
     scan_loop,
@@ -157,6 +159,14 @@ def test_linear_cross_entropy_is_a_linear_layer_and_cross_entropy(n, V):
     assert loss(**inputs, targets=torch.full((n,), -1)).isnan()  # as in F.cross_entropy
 
 
+@pytest.mark.parametrize("n, C, hidden, X, k", [(1, 4, 8, 3, 1), (40, 16, 24, 5, 2), (9, 3, 5, 2, 2), (7, 8, 4, 6, 6)])
+def test_mixture_is_a_loop_over_tokens(n, C, hidden, X, k):
+    inputs, expert = expert_inputs(n, C, hidden, X, k, seed=n)
+    mixture = lambda f: lambda **u: f(expert=expert, **u)  # noqa: E731
+    forward, backward = compare_with_grads(mixture(model_module.mixture.__wrapped__), mixture(experts_loop), inputs)
+    assert forward < 1e-5 and backward < 1e-4
+
+
 @pytest.mark.parametrize("pattern", MIXED)
 def test_the_model_that_runs_is_the_one_that_is_read(pattern, monkeypatch):
     """Logits, loss and gradients with ops.py and without."""
@@ -205,7 +215,7 @@ def test_hybrid_heads_against_a_plain_forward(runs, letter, options, monkeypatch
     ssm, _ = scan_loop(s, dt, -w["A_log"].exp(), B, C, w["D"], z, w["dt_bias"])
     norm, branches = options.get("branch_norm", "rms"), []
     for u, name in ((attn, "attn_branch_norm.weight"), (ssm, "ssm_branch_norm.weight")):
-        assert (name in w) == (options.get("branch_scale", True) and norm != "none")
+        assert (name in w) == options.get("branch_scale", True)
         if norm == "group":
             u = torch.cat([rms(head, 1) for head in u.split(16, -1)], -1)
         branches.append((rms(u, 1) if norm == "rms" else u) * w.get(name, 1))
@@ -271,9 +281,10 @@ def test_rope_stretch():
                  torch.tensor([math.cos(3 * 10000 ** (-2 / 64))])) < 1e-5  # fmt: skip
 
 
-def test_compile_computes_sines_once():
+@pytest.mark.parametrize("n_expert", [0, 4])
+def test_compile_computes_sines_once(n_expert):
     """torch.compile takes the model whole, and sees one table of sines that it cannot repeat in every block."""
-    model, graphs = small("tTt"), []
+    model, graphs = small("tTt", n_expert=n_expert), []
     compiled = torch.compile(model, fullgraph=True, backend=lambda graph, _: (graphs.append(graph), graph)[1])
     idx = tokens(2, 30)
     a, b = (torch.autograd.grad(m(idx, idx), list(model.parameters())) for m in (model, compiled))
@@ -295,6 +306,30 @@ def test_loss():
     (2 * model(idx, targets)).backward()
     assert abs(loss.item() - expected.item()) < 1e-5
     assert max(error(p.grad, g) for p, g in zip(model.parameters(), theirs, strict=True)) < 1e-4
+
+
+def test_experts():
+    """Router, weights, balance and its gradient, from the papers' words, in float64."""
+    model, idx = small("TM", n_expert=5, n_expert_active=2, balance=0.7, n_meta=0), tokens(2, 30)
+    model, seen = model.double(), []
+    for block in model.blocks:
+        block.ffn.register_forward_hook(lambda ffn, args, y: seen.append((ffn, args[0], y)))
+    loss, balance = model(idx, idx), 0
+    for ffn, x, y in seen:
+        x = x.flatten(0, 1)
+        p = (x @ ffn.router_proj.weight.T).softmax(-1)
+        top = p.sort(descending=True)
+        expert, weight = top.indices[:, :2], top.values[:, :2] / top.values[:, :2].sum(-1, keepdim=True)
+        assert error(y.flatten(0, 1), experts_loop(x, expert, weight, ffn.gate_proj, ffn.up_proj, ffn.down_proj)) < 1e-6
+        share = torch.bincount(expert.flatten(), minlength=5) / 120
+        assert torch.allclose(ffn.load.double(), share.double()) and share.min() < 0.8 / 5
+        balance = balance + 5 * (share * p.mean(0)).sum()
+        assert abs(ffn.balance - 5 * (share * p.mean(0)).sum()) < 1e-6
+    plain = F.cross_entropy(model(idx).flatten(0, 1), idx.flatten())
+    assert abs(loss - plain) < 1e-6  # what is reported is the cross-entropy alone
+    weights = list(model.parameters())
+    theirs = torch.autograd.grad(plain + 0.7 * balance, weights)
+    assert max(error(a, b) for a, b in zip(torch.autograd.grad(loss, weights), theirs, strict=True)) < 1e-5
 
 
 def test_autocast():

@@ -97,8 +97,9 @@ def optimizer_for(model: Hymba, cfg: TrainConfig) -> torch.optim.AdamW:
     meta tokens: a rare token's row would shrink at every step and grow only when it is seen, and small rows make the
     first norm's gradients large.
     """
-    decay = [p for name, p in model.named_parameters() if name.endswith("proj.weight")]
-    rest = [p for name, p in model.named_parameters() if not name.endswith("proj.weight")]
+    named, matrices = list(model.named_parameters()), ("proj.weight", "_proj")  # the latter: of experts
+    decay = [p for name, p in named if name.endswith(matrices)]
+    rest = [p for name, p in named if not name.endswith(matrices)]
     groups = [{"params": decay, "weight_decay": cfg.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     fused = next(model.parameters()).is_cuda
     return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=fused)
@@ -367,7 +368,8 @@ def check_room(cfg: TrainConfig, config: HymbaConfig, device: torch.device, worl
     with torch.device("meta"):
         n = Hymba(config).num_params()
     tokens = cfg.batch_size * (config.block_size + config.n_meta)
-    kept = config.n_layer * (10 * config.n_embd + 4 * config.n_hidden)  # for backward, bytes a token: what any needs
+    hidden = config.n_hidden * (config.n_expert_active if config.n_expert else 1)
+    kept = config.n_layer * (10 * config.n_embd + 4 * hidden)  # for backward, bytes a token: what any needs
     need = 16 * n + kept * tokens  # weight, gradient and two moments
     drawn = 10 * cfg.batch_size * cfg.grad_accum * world * config.block_size  # a step's text, before it is divided
     if need > memory(device) or drawn > memory(torch.device("cpu")):
@@ -562,6 +564,11 @@ def train(run: Run, received: list[int]) -> bool:
             {"step": k, "loss": loss, "grad_norm": norm, "lr": learning_rate(cfg, k - 1), "tokens_per_s": round(speed)}
             for k, (loss, norm) in enumerate(zip(losses, norms, strict=True), first)
         ))  # fmt: skip
+        if run.model.config.n_expert:  # of the last forward pass
+            ffns = [block.ffn for block in run.model.blocks]
+            load = [[round(share, 4) for share in ffn.load.tolist()] for ffn in ffns]
+            balance = sum(ffn.balance.item() for ffn in ffns) / len(ffns)
+            write_metrics(run, {"step": done, "expert_balance": balance, "expert_load": load})
         if run.rank == 0:
             mfu = cost.estimate_mfu(run.model, speed / run.world)
             text = f"loss {losses[-1]:.4f}, {speed:,.0f} tokens/s" + (f", MFU {mfu:.1%}" if mfu else "")

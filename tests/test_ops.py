@@ -15,6 +15,8 @@ from conftest import (
     cross_entropy_inputs,
     dense_attention,
     error,
+    expert_inputs,
+    experts_loop,
     plain_cross_entropy,
     scan_inputs,
     scan_loop,
@@ -203,6 +205,7 @@ def operations() -> dict:
 
     conv = lambda K, dtype=torch.float32: (r(1, 3, 8, dtype=dtype), r(8, K, dtype=dtype), r(8, dtype=dtype))  # noqa: E731
     y, norm, hooked = r(1, 3, 8), model_module.RMSNorm(8, 1e-6), model_module.RMSNorm(8, 1e-6)
+    grouped = model_module.BranchNorm(small("H", n_embd=4, n_head=1, n_kv_head=1, branch_norm="group").config, 8)
     hooked.register_forward_hook(lambda module, args, out: 2 * out)
     fused = lambda a, b, fusion: (y, y, a, b, fusion)  # noqa: E731
     return {
@@ -218,7 +221,7 @@ def operations() -> dict:
         "swiglu": ([(y, y)], [(y.double(), y.double())]),
         "fuse": (
             [fused(norm, norm, "mean"), fused(norm, norm, "diff"), fused(norm, norm, "sum")],
-            [fused(norm, norm, "concat"), fused(norm, model_module.GroupNorm(8, 4, 1e-6, True), "mean"),
+            [fused(norm, norm, "concat"), fused(norm, grouped, "mean"),
              fused(norm, hooked, "mean"), fused(nn.Identity(), norm, "mean"), fused(norm, nn.LayerNorm(8), "mean"),
              (y.double(), y.double(), norm, norm, "mean")],
         ),
@@ -301,6 +304,34 @@ def test_blocks_that_step_by_kernels():
         assert not steps(block(d_state=129), x) and not steps(block(d_conv=5), x) and not steps(hooked, x)
         assert not steps(block(), x.double())
     assert not steps(block(), x)
+
+
+@pytest.mark.parametrize(
+    "n, C, hidden, X, k", [(1, 8, 8, 3, 1), (40, 16, 24, 5, 2), (9, 3, 5, 2, 2), (70, 8, 16, 9, 3)]
+)
+@pytest.mark.parametrize("how", ["loop", "grouped", "all"])
+def test_mixture_sorts_by_expert(how, n, C, hidden, X, k, monkeypatch):
+    """Each way of the products by groups, experts without tokens among them."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: how == "all")
+    if how == "grouped" and not hasattr(F, "grouped_mm"):
+        pytest.skip("this torch has no grouped product")
+    inputs, expert = expert_inputs(n, C, hidden, X, k, seed=n)
+    dtype = torch.bfloat16 if how == "grouped" else torch.float32
+    fast, loop = (
+        (lambda f: lambda **u: f(expert=expert, **u))(ops.mixture),
+        lambda **u: experts_loop(expert=expert, **u),
+    )
+    forward, backward = compare_with_grads(fast, loop, inputs, dtype)
+    bound, grad_bound = (1e-5, 1e-4) if dtype == torch.float32 else (2e-2, 2e-2)
+    assert forward < bound and backward < grad_bound
+    if n > 1 and X > k:  # autograd's own gradient of a gather adds up in an order that is left to chance, on a GPU
+        u = {name: v.float().requires_grad_() for name, v in inputs.items()}
+        names = {type(node).__name__ for node in graph_of(ops.mixture(expert=expert, **u).grad_fn)}
+        assert "_PermutationBackward" in names and "IndexBackward0" not in names
+
+
+def graph_of(node) -> list:
+    return [node, *(n for child, _ in node.next_functions if child for n in graph_of(child))]
 
 
 @pytest.mark.parametrize("enabled", [True, False])
