@@ -5,6 +5,7 @@ a float64 loop, a dense mask, a count by hand, or the papers' figures.
 The definition of an operation is its __wrapped__; what runs in its place is tested in tests/test_ops.py.
 """
 
+import functools
 import math
 import shutil
 import subprocess
@@ -162,8 +163,8 @@ def test_linear_cross_entropy_is_a_linear_layer_and_cross_entropy(n, V):
 @pytest.mark.parametrize("n, C, hidden, X, k", [(1, 4, 8, 3, 1), (40, 16, 24, 5, 2), (9, 3, 5, 2, 2), (7, 8, 4, 6, 6)])
 def test_mixture_is_a_loop_over_tokens(n, C, hidden, X, k):
     inputs, expert = expert_inputs(n, C, hidden, X, k, seed=n)
-    mixture = lambda f: lambda **u: f(expert=expert, **u)  # noqa: E731
-    forward, backward = compare_with_grads(mixture(model_module.mixture.__wrapped__), mixture(experts_loop), inputs)
+    fs = (functools.partial(f, expert=expert) for f in (model_module.mixture.__wrapped__, experts_loop))
+    forward, backward = compare_with_grads(*fs, inputs)
     assert forward < 1e-5 and backward < 1e-4
 
 
@@ -315,6 +316,7 @@ def test_experts():
     for block in model.blocks:
         block.ffn.register_forward_hook(lambda ffn, args, y: seen.append((ffn, args[0], y)))
     loss, balance = model(idx, idx), 0
+    assert not any(ffn.balance.requires_grad for ffn, _, _ in seen)  # no graph stays in the model
     for ffn, x, y in seen:
         x = x.flatten(0, 1)
         p = (x @ ffn.router_proj.weight.T).softmax(-1)
@@ -328,8 +330,8 @@ def test_experts():
     plain = F.cross_entropy(model(idx).flatten(0, 1), idx.flatten())
     assert abs(loss - plain) < 1e-6  # what is reported is the cross-entropy alone
     weights = list(model.parameters())
-    theirs = torch.autograd.grad(plain + 0.7 * balance, weights)
-    assert max(error(a, b) for a, b in zip(torch.autograd.grad(loss, weights), theirs, strict=True)) < 1e-5
+    mine, theirs = (torch.autograd.grad(u, weights, retain_graph=True) for u in (loss, plain + 0.7 * balance))
+    assert max(error(a, b) for a, b in zip(mine, theirs, strict=True)) < 1e-5
 
 
 def test_autocast():

@@ -1,5 +1,7 @@
 """ops.py against the definitions of model.py and float64 loops, and what `fastest` chooses."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn as nn
@@ -317,10 +319,7 @@ def test_mixture_sorts_by_expert(how, n, C, hidden, X, k, monkeypatch):
         pytest.skip("this torch has no grouped product")
     inputs, expert = expert_inputs(n, C, hidden, X, k, seed=n)
     dtype = torch.bfloat16 if how == "grouped" else torch.float32
-    fast, loop = (
-        (lambda f: lambda **u: f(expert=expert, **u))(ops.mixture),
-        lambda **u: experts_loop(expert=expert, **u),
-    )
+    fast, loop = (functools.partial(f, expert=expert) for f in (ops.mixture, experts_loop))
     forward, backward = compare_with_grads(fast, loop, inputs, dtype)
     bound, grad_bound = (1e-5, 1e-4) if dtype == torch.float32 else (2e-2, 2e-2)
     assert forward < bound and backward < grad_bound
