@@ -100,15 +100,32 @@ def corpus(tmp_path_factory):
 # ----------------------------------------------------------------------------------------------------------------------
 # Small models and inputs
 
-SMALL = dict(vocab_size=61, block_size=32, n_embd=32, n_head=4, n_kv_head=2, n_hidden=40, d_state=4, n_meta=5, window=7)
-LETTERS = ["TTT", "ttt", "MMM", "HHH", "hhh"]
-MIXED = ["HhhHhhhH", "MMTMtH"]
+SMALL = dict(
+    vocab_size=61,
+    block_size=32,
+    n_embd=32,
+    n_head=4,
+    n_kv_head=2,
+    n_hidden=40,
+    d_state=4,
+    n_meta=5,
+    window=7,
+    ssm_head=16,
+)
+LETTERS = ["TTT", "ttt", "MMM", "HHH", "hhh", "MMM2"]
+MIXED = ["HhhHhhhH", "MMTMtH", "hMH2"]
+
+
+def sizes(pattern: str, **options) -> dict:
+    """Fields of a small model. A 2 after the pattern: its SSM heads are Mamba-2's."""
+    ssm = "mamba2" if pattern.endswith("2") else "mamba"
+    return SMALL | {"pattern": pattern.removesuffix("2"), "ssm": ssm} | options
 
 
 def small(pattern: str, seed: int = 0, **options) -> Hymba:
     """A small model whose weights are large enough that every part matters in its output."""
     torch.manual_seed(seed)
-    model = Hymba(HymbaConfig(**(SMALL | {"pattern": pattern} | options)))
+    model = Hymba(HymbaConfig(**sizes(pattern, **options)))
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith(("proj.weight", "embed.weight", "meta")):
@@ -150,6 +167,23 @@ def scan_loop(x, dt, A, B, C, D=None, z=None, dt_bias=None, state=None):
         y = y if D is None else y + D * x[:, t]
         ys.append(y if z is None else y * z[:, t] * torch.sigmoid(z[:, t]))
     return torch.stack(ys, 1), h
+
+
+def ssd_inputs(B, T, heads, P, N, seed) -> dict:
+    g = torch.Generator().manual_seed(seed)
+    r = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    inputs = {"x": r(B, T, heads, P), "dt": r(B, T, heads) - 1, "A": -torch.exp(r(heads)), "B": r(B, T, N)}
+    return inputs | {"C": r(B, T, N), "D": r(heads), "dt_bias": r(heads), "state": r(B, heads, P, N)}
+
+
+def ssd_loop(x, dt, A, B, C, D, dt_bias, state=None):
+    """Mamba-2 as the scan of Mamba: every channel a head of its own, with the dt and A of its head."""
+    P, N = x.shape[-1], B.shape[-1]
+    spread = lambda u: u.repeat_interleave(P, dim=-1)  # noqa: E731
+    state = None if state is None else state.flatten(1, 2)
+    A = spread(A)[:, None].expand(-1, N)
+    y, h = scan_loop(x.flatten(2), spread(dt), A, B, C, spread(D), None, spread(dt_bias), state)
+    return y.view(x.shape), h.unflatten(1, (-1, P))
 
 
 def dense_attention(q, k, v, window, n_meta):

@@ -475,7 +475,7 @@ class Mixer(nn.Module):
             self.fusion = config.fusion
             self.attn_branch_norm, self.ssm_branch_norm = RMSNorm(D, eps), RMSNorm(D, eps)
         width = 2 * D if len(heads) == 2 and config.fusion == "concat" else heads[0].width
-        self.sizes = [sum(h.sizes) if h else 0 for h in (self.attn, self.ssm)]  # of in_proj's output: attention's, SSM's
+        self.sizes = [sum(h.sizes) if h else 0 for h in (self.attn, self.ssm)]  # slices of in_proj's output
         self.in_proj = nn.Linear(C, sum(self.sizes), bias=False)
         self.out_proj = nn.Linear(width, C, bias=False)
 
