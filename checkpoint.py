@@ -8,7 +8,6 @@ A checkpoint of training has the optimizer's state, too (save_training, load_tra
 
 import hashlib
 import json
-import math
 import os
 import re
 import types
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from files import brief, check_keys, read_json, read_tensors, recover, replacing, write_tensors
+from files import INFINITY, brief, check_keys, read_json, read_tensors, recover, replacing, write_tensors
 from model import Hymba, HymbaConfig
 
 # By config.json's model_type: their tensor -> our parameter. Tensors that share one are its rows, in this order.
@@ -164,9 +163,7 @@ def released_config(c: dict) -> dict:
             only(c, intermediate_size=D)
             ssm["dt_rank"] = 0 if c["time_step_rank"] == "auto" else c["time_step_rank"]
         else:
-            only(c, n_groups=1, num_heads=D // max(c["head_dim"], 1))
-            if c.get("time_step_limit") != [0.0, {"__float__": "Infinity"}]:  # as transformers 5 writes it
-                only(c, time_step_limit=[0.0, math.inf])
+            only(c, n_groups=1, num_heads=D // max(c["head_dim"], 1), time_step_limit=[0.0, INFINITY])
             ssm["ssm_head"] = c["head_dim"]
         return dict(pattern="M" * n, n_hidden=0, n_meta=0, norm_eps=c["layer_norm_epsilon"], **common, **ssm)
 

@@ -466,6 +466,9 @@ def test_against_mamba2(tied, tmp_path, tr):
     ))  # fmt: skip
     model = compare_with_transformers(mamba2, tmp_path)
     assert model.config.tied == tied
+    c = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(c | {"time_step_limit": [0.0, math.inf]}))  # before transformers 5
+    assert Hymba.from_pretrained(tmp_path).config == model.config
     prompt = tokens(1, 9, vocab=67)
     theirs = mamba2.generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 9:]
     assert [t for (t,) in Engine(model).generate(prompt.tolist(), 20, temperature=0)] == theirs.tolist()
