@@ -28,7 +28,8 @@ if TRITON:
     import triton
     import triton.runtime.interpreter as interpreter
 
-    patch_tensors, splat = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_splat
+    builder = interpreter.InterpreterBuilder
+    patch_tensors, splat, dot = interpreter._patch_lang_tensor, builder.create_splat, builder.create_dot
 
     def with_index(tensor, scope):
         """Triton 3.6 takes int() of one-element arrays for loop bounds, which NumPy 2.4 refuses."""
@@ -41,7 +42,14 @@ if TRITON:
         tensor.data = tensor.data.astype(bool) if ret_ty.scalar == triton.language.int1 else tensor.data
         return tensor
 
-    interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_splat = with_index, splat_bool
+    def dot_bfloat16(self, a, b, *rest):
+        """The interpreter keeps bfloat16 as integers, and would multiply those."""
+        wide = lambda u: interpreter.TensorHandle(  # noqa: E731
+            (u.data.astype(np.uint32) << 16).view(np.float32), triton.language.float32
+        )
+        return dot(self, *(wide(u) if u.dtype.scalar == triton.language.bfloat16 else u for u in (a, b)), *rest)
+
+    interpreter._patch_lang_tensor, builder.create_splat, builder.create_dot = with_index, splat_bool, dot_bfloat16
 
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
 on_device = pytest.mark.parametrize(

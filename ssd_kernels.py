@@ -30,9 +30,9 @@ GROUP = 10  # heads, at most, that one program of the chunks' products takes in 
 @triton.jit
 def load_rows(x, first, T, stride, SIZE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DOT: tl.constexpr):
     """Tokens first ... first + ROWS of x, each SIZE numbers, as (ROWS, COLS) in the products' dtype, zeros outside."""
-    t, i = first + tl.arange(0, ROWS), tl.arange(0, COLS)
-    here = (t < T)[:, None] & (i < SIZE)[None, :]
-    return tl.load(x + t.to(tl.int64)[:, None] * stride + i[None, :], mask=here, other=0.0).to(DOT)
+    t, i = tl.arange(0, ROWS)[:, None], tl.arange(0, COLS)[None, :]
+    here = (first + t < T) & (i < SIZE)
+    return tl.load(x + tl.cast(first, tl.int64) * stride + (t * stride + i), mask=here, other=0.0).to(DOT)
 
 
 @triton.jit
@@ -92,11 +92,10 @@ def ssd_states_kernel(
             weight = tl.exp2(s)
         else:
             weight = tl.exp2(s_last - s) * tl.load(step_ptr + c * Q + t)
-        token = (c * Q + t).to(tl.int64)
-        here = (p < P)[:, None] & (token < T)[None, :]
-        x = tl.load(x_ptr + token[None, :] * x_t + p[:, None], mask=here, other=0.0).to(tl.float32)  # (BP, Q)
+        here = (p < P)[:, None] & (c * Q + t < T)[None, :]
+        x = tl.load(x_ptr + c.to(tl.int64) * Q * x_t + (t[None, :] * x_t + p[:, None]), mask=here, other=0.0)  # (BP, Q)
         B = load_rows(B_ptr, c * Q, T, B_t, N, Q, BN, DOT)
-        h = tl.dot((x * weight[None, :]).to(DOT), B, h * tl.exp2(s_last), input_precision="ieee")
+        h = tl.dot((x.to(tl.float32) * weight[None, :]).to(DOT), B, h * tl.exp2(s_last), input_precision="ieee")
     tl.store(last_ptr + (b * heads + head) * (P * N) + at, h, mask=inside)
 
 
@@ -113,6 +112,7 @@ def ssd_output_kernel(
     """
     c, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     t, p = tl.arange(0, Q), tl.arange(0, BP)
+    at, here = t[:, None] * (heads * P) + p[None, :], (c * Q + t < T)[:, None] & (p < P)[None, :]
     C = load_rows(C_ptr + b * C_b, c * Q, T, C_t, N, Q, BN, DOT)
     B = load_rows(B_ptr + b * B_b, c * Q, T, B_t, N, Q, BN, DOT)
     CB = tl.dot(C, B.T, input_precision="ieee")  # (Q, Q)
@@ -126,19 +126,55 @@ def ssd_output_kernel(
         y = tl.dot(C, h.T, input_precision="ieee") * tl.exp2(s)[:, None]
         y = tl.dot((CB * decay * step[None, :]).to(DOT), x, y, input_precision="ieee")
         y += tl.load(D_ptr + head).to(tl.float32) * x.to(tl.float32)
-        token = (c * Q + t).to(tl.int64)
-        at = ((b * T + token) * heads + head)[:, None] * P + p[None, :]
-        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=(token < T)[:, None] & (p < P)[None, :])
+        tl.store(y_ptr + ((b * T + c * Q) * heads + head) * P + at, y.to(y_ptr.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def ssd_backward_states_kernel(
+    x_ptr, C_ptr, dy_ptr, step_ptr, s_ptr, states_ptr, dstates_ptr, before_ptr, through_ptr, dB_ptr, dC_ptr,
+    T, heads, group, n_chunk, x_b, x_t, x_h, C_b, C_t, dy_b, dy_t, dy_h,
+    P: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, Q: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """The part that states have in the gradients of C, B and A (see ssd_backward_kernel): with h the state before a
+    chunk and dh the gradient of the state after it,
+
+        dC_i = e_i h^T dy_i      dB_j = w_j dh^T u_j      before_i = e_i dy_i . h C_i      through = exp(s_last) h . dh
+
+    before (B, heads, chunks Q), through (B, chunks, heads). Grid (groups of heads, chunks, B).
+    """
+    c, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    t, n = tl.arange(0, Q), tl.arange(0, BN)
+    C = load_rows(C_ptr + b * C_b, c * Q, T, C_t, N, Q, BN, DOT)
+    dB, dC = tl.zeros((Q, BN), tl.float32), tl.zeros((Q, BN), tl.float32)
+    first = tl.program_id(0) * group
+    for head in range(first, tl.minimum(first + group, heads)):
+        row = (b * heads + head) * n_chunk * Q + c * Q
+        step, s, s_last = tl.load(step_ptr + row + t), tl.load(s_ptr + row + t), tl.load(s_ptr + row + Q - 1)
+        x = load_rows(x_ptr + b * x_b + head * x_h, c * Q, T, x_t, P, Q, BP, DOT)
+        dy = load_rows(dy_ptr + b * dy_b + head * dy_h, c * Q, T, dy_t, P, Q, BP, DOT)
+        at = (b * n_chunk + c) * heads + head
+        h = load_state(states_ptr + at * (P * N), P, BP, N, BN)
+        dh = load_state(dstates_ptr + at * (P * N), P, BP, N, BN)
+        dy_e = dy.to(tl.float32) * tl.exp2(s)[:, None]
+        tl.store(before_ptr + row + t, tl.sum(tl.dot(C, h.T, input_precision="ieee") * dy_e, 1))
+        tl.store(through_ptr + at, tl.exp2(s_last) * tl.sum(h.to(tl.float32) * dh.to(tl.float32)))
+        dC = tl.dot(dy_e.to(DOT), h, dC, input_precision="ieee")
+        u_w = x.to(tl.float32) * (step * tl.exp2(s_last - s))[:, None]
+        dB = tl.dot(u_w.to(DOT), dh, dB, input_precision="ieee")
+    at = ((tl.program_id(0) * tl.num_programs(2) + b) * T + c * Q + t)[:, None] * N + n[None, :]
+    inside = (c * Q + t < T)[:, None] & (n < N)[None, :]
+    tl.store(dB_ptr + at, dB.to(dB_ptr.dtype.element_ty), mask=inside)
+    tl.store(dC_ptr + at, dC.to(dC_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def ssd_backward_kernel(
-    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, dy_ptr, step_ptr, s_ptr, states_ptr, dstates_ptr,
+    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, dy_ptr, step_ptr, s_ptr, dstates_ptr, before_ptr, through_ptr,
     dx_ptr, ddt_ptr, dB_ptr, dC_ptr, sums_ptr,
     T, heads, group, n_chunk, x_b, x_t, x_h, dt_b, dt_t, B_b, B_t, C_b, C_t, dy_b, dy_t, dy_h,
     P: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, Q: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of a chunk, from the state h before it and the gradient dh of the state after it. With
+    """The gradients within a chunk, and what follows from all. With
 
         L_ij = exp(s_i - s_j), i >= j, else 0      w_j = exp(s_last - s_j)      e_i = exp(s_i)
         G_ij = L_ij u_j . dy_i, the gradient of C_i . B_j                       Z_ij = G_ij (C_i . B_j)
@@ -148,20 +184,20 @@ def ssd_backward_kernel(
 
     and of a_t = dt_t A, whose exponential all decays from before t to t or later have in them,
 
-        da_t = sum_{i >= t > j} Z_ij + sum_{i >= t} e_i dy_i . h C_i + sum_{j < t} u_j . w_j dh B_j + exp(s_last) h . dh
+        da_t = sum_{i >= t > j} Z_ij + sum_{i >= t} before_i + sum_{j < t} u_j . w_j dh B_j + through
         ddt_t = A da_t + x_t . du_t
 
-    dB and dC are sums over heads: each program adds up its own in float32 and leaves them in (groups, B, T, N). The
+    dB and dC are sums over heads: each program adds up G of its own, and leaves its sums in (groups, B, T, N). The
     products stand transposed, tokens j along rows, so that only the sum of all G is ever turned round. Sums over tokens
     for A, D and the bias: (3, B chunks, heads). Grid (groups of heads, chunks, B).
     """
     c, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     t, p, n = tl.arange(0, Q), tl.arange(0, BP), tl.arange(0, BN)
     token = (c * Q + t).to(tl.int64)
+    at, here = t[:, None] * (heads * P) + p[None, :], (token < T)[:, None] & (p < P)[None, :]
     B = load_rows(B_ptr + b * B_b, c * Q, T, B_t, N, Q, BN, DOT)
     C = load_rows(C_ptr + b * C_b, c * Q, T, C_t, N, Q, BN, DOT)
     BC = tl.dot(B, C.T, input_precision="ieee")  # (Q, Q): j, i
-    dB, dC = tl.zeros((Q, BN), tl.float32), tl.zeros((Q, BN), tl.float32)
     G_sum = tl.zeros((Q, Q), tl.float32)
     first = tl.program_id(0) * group
     for head in range(first, tl.minimum(first + group, heads)):
@@ -169,42 +205,34 @@ def ssd_backward_kernel(
         step, s, s_last = tl.load(step_ptr + row + t), tl.load(s_ptr + row + t), tl.load(s_ptr + row + Q - 1)
         x = load_rows(x_ptr + b * x_b + head * x_h, c * Q, T, x_t, P, Q, BP, DOT)
         dy = load_rows(dy_ptr + b * dy_b + head * dy_h, c * Q, T, dy_t, P, Q, BP, DOT)
-        state = ((b * n_chunk + c) * heads + head) * (P * N)
-        h = load_state(states_ptr + state, P, BP, N, BN)
-        dh = load_state(dstates_ptr + state, P, BP, N, BN)
-
+        chunk = (b * n_chunk + c) * heads + head
+        dh = load_state(dstates_ptr + chunk * (P * N), P, BP, N, BN)
         decay = tl.exp2(tl.where(t[None, :] >= t[:, None], s[None, :] - s[:, None], float("-inf")))
-        G = tl.dot(x, dy.T, input_precision="ieee") * decay * step[:, None]
+        du = tl.dot(B, dh.T, input_precision="ieee") * tl.exp2(s_last - s)[:, None]
+        after = tl.sum(du * x.to(tl.float32), 1) * step
+        du = tl.dot((BC * decay).to(DOT), dy, du, input_precision="ieee")
+        ddt = tl.sum(du * x.to(tl.float32), 1)
+        dx = du * step[:, None] + tl.load(D_ptr + head).to(tl.float32) * dy.to(tl.float32)
+        tl.store(dx_ptr + ((b * T + c * Q) * heads + head) * P + at, dx.to(dx_ptr.dtype.element_ty), mask=here)
+
+        x_dy = tl.dot(x, dy.T, input_precision="ieee")
+        dD = tl.sum(tl.where(t[None, :] == t[:, None], x_dy, 0.0))
+        G = x_dy * decay * step[:, None]
         G_sum += G
         Z = G * BC
-        e, w = tl.exp2(s), tl.exp2(s_last - s)
-        x32, dy32 = x.to(tl.float32), dy.to(tl.float32)
-        after = tl.dot(B, dh.T, input_precision="ieee") * w[:, None]  # (Q, BP)
-        of_after = tl.sum(after * x32, 1) * step
-        of_before = tl.sum(tl.dot(C, h.T, input_precision="ieee") * dy32, 1) * e
-        du = tl.dot((BC * decay).to(DOT), dy, after, input_precision="ieee")
-        dB = tl.dot((x32 * (w * step)[:, None]).to(DOT), dh, dB, input_precision="ieee")
-        dC = tl.dot((dy32 * e[:, None]).to(DOT), h, dC, input_precision="ieee")
-
-        through = tl.exp2(s_last) * tl.sum(h.to(tl.float32) * dh.to(tl.float32)) + tl.sum(of_after)
-        da = tl.cumsum(tl.sum(Z, 0) - tl.sum(Z, 1) + of_before - of_after, 0, reverse=True) + through
-        here = token < T
-        raw = tl.load(dt_ptr + b * dt_b + token * dt_t + head, mask=here, other=0.0).to(tl.float32)
-        ddt = tl.load(A_ptr + head) * da + tl.sum(du * x32, 1)
-        ddt *= sigmoid(raw + tl.load(bias_ptr + head).to(tl.float32))
-        ddt = tl.where(here, ddt, 0.0)
-        tl.store(ddt_ptr + (b * T + token) * heads + head, ddt.to(ddt_ptr.dtype.element_ty), mask=here)
-        dx = du * step[:, None] + tl.load(D_ptr + head).to(tl.float32) * dy32
-        at = ((b * T + token) * heads + head)[:, None] * P + p[None, :]
-        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=here[:, None] & (p < P)[None, :])
-        sums = sums_ptr + (b * n_chunk + c) * heads + head
+        to_end = tl.sum(Z, 0) - tl.sum(Z, 1) + tl.load(before_ptr + row + t) - after
+        da = tl.cumsum(to_end, 0, reverse=True) + tl.sum(after) + tl.load(through_ptr + chunk)
+        raw = tl.load(dt_ptr + b * dt_b + token * dt_t + head, mask=token < T, other=0.0).to(tl.float32)
+        ddt += tl.load(A_ptr + head) * da
+        ddt = tl.where(token < T, ddt * sigmoid(raw + tl.load(bias_ptr + head).to(tl.float32)), 0.0)
+        tl.store(ddt_ptr + (b * T + token) * heads + head, ddt.to(ddt_ptr.dtype.element_ty), mask=token < T)
         size = tl.num_programs(2) * n_chunk * heads
-        tl.store(sums, tl.sum(da * step))
-        tl.store(sums + size, tl.sum(dy32 * x32))
-        tl.store(sums + 2 * size, tl.sum(ddt))
+        tl.store(sums_ptr + chunk, tl.sum(da * step))
+        tl.store(sums_ptr + size + chunk, dD)
+        tl.store(sums_ptr + 2 * size + chunk, tl.sum(ddt))
     G = G_sum.to(DOT)
-    dB = tl.dot(G, C, dB, input_precision="ieee")
-    dC = tl.dot(G.T, B, dC, input_precision="ieee")
+    dB = tl.dot(G, C, input_precision="ieee")
+    dC = tl.dot(G.T, B, input_precision="ieee")
     at = ((tl.program_id(0) * tl.num_programs(2) + b) * T + token)[:, None] * N + n[None, :]
     inside = (token < T)[:, None] & (n < N)[None, :]
     tl.store(dB_ptr + at, dB.to(dB_ptr.dtype.element_ty), mask=inside)
@@ -251,7 +279,7 @@ def _states(x, B, step, s, first, n_chunk, tile, reverse=False) -> tuple[Tensor,
     dtype = torch.bfloat16 if tile["DOT"] == tl.bfloat16 else torch.float32
     states = torch.empty(b, n_chunk, heads, p, n, dtype=dtype, device=x.device)
     last = torch.empty(b, heads, p, n, dtype=torch.float32, device=x.device)
-    tile = tile | dict(BP=min(32, tile["BP"]))
+    tile = tile | dict(BP=min(64 if b * heads >= 256 else 32, tile["BP"]))
     ssd_states_kernel[(triton.cdiv(p, tile["BP"]), heads, b)](
         x, B, step, s, first, states, last, t, heads, n_chunk, *x.stride()[:3], *B.stride()[:2],
         REVERSE=reverse, **tile, num_warps=4, num_stages=3 if large() else 2,
@@ -277,7 +305,7 @@ def _ssd_forward(
     y, (n_group, group) = x.new_empty(b, t, heads, p), _groups(heads)
     ssd_output_kernel[(n_group, n_chunk, b)](
         x, B, C, D, step, s, states, y, t, heads, group, n_chunk, *x.stride()[:3], *B.stride()[:2], *C.stride()[:2],
-        **tile, num_warps=8 if tile["Q"] == 128 else 4, num_stages=2 if large() else 1,
+        **tile, num_warps=8 if tile["Q"] == 128 else 4, num_stages=2,
     )  # fmt: skip
     return y, last
 
@@ -303,16 +331,23 @@ def _ssd_backward(
     dstates, dstate = _states(dy, C, step, s, dlast, n_chunk, tile, reverse=True)
     n_group, group = _groups(heads)
     dx, ddt = x.new_empty(b, t, heads, p), dt.new_empty(b, t, heads)
-    # Of few groups, so in bfloat16 rounding their sums adds as much error as rounding the result
+    # Of few groups, so in bfloat16 rounding their sums adds as much error as rounding the result. First in each are the
+    # groups' sums of states, then the ones within chunks.
     sums = torch.bfloat16 if B.dtype == torch.bfloat16 else torch.float32
-    dB, dC = torch.empty(2, n_group, b, t, n, dtype=sums, device=x.device)
-    of_heads = torch.empty(3, b * n_chunk, heads, dtype=torch.float32, device=x.device)
-    ssd_backward_kernel[(n_group, n_chunk, b)](
-        x, dt, A, B, C, D, dt_bias, dy, step, s, states, dstates, dx, ddt, dB, dC, of_heads, t, heads, group, n_chunk,
-        *x.stride()[:3], *dt.stride()[:2], *B.stride()[:2], *C.stride()[:2], *dy.stride()[:3],
-        **tile, num_warps=8, num_stages=2 if large() else 1,
+    dB, dC = torch.empty(2, 2, n_group, b, t, n, dtype=sums, device=x.device)
+    before, through = torch.empty_like(s), s.new_empty(b, n_chunk, heads)
+    of_heads = s.new_empty(3, b * n_chunk, heads)
+    grid, launch = (n_group, n_chunk, b), tile | dict(num_warps=4, num_stages=2)
+    ssd_backward_states_kernel[grid](
+        x, C, dy, step, s, states, dstates, before, through, dB[0], dC[0], t, heads, group, n_chunk,
+        *x.stride()[:3], *C.stride()[:2], *dy.stride()[:3], **launch,
     )  # fmt: skip
-    dB, dC = (u.sum(0, dtype=torch.float32).to(B.dtype) for u in (dB, dC))
+    ssd_backward_kernel[grid](
+        x, dt, A, B, C, D, dt_bias, dy, step, s, dstates, before, through, dx, ddt, dB[1], dC[1], of_heads,
+        t, heads, group, n_chunk,
+        *x.stride()[:3], *dt.stride()[:2], *B.stride()[:2], *C.stride()[:2], *dy.stride()[:3], **launch,
+    )  # fmt: skip
+    dB, dC = (u.sum((0, 1), dtype=torch.float32).to(B.dtype) for u in (dB, dC))
     return dx, ddt, dB, dC, of_heads.sum(1), dstate
 
 
