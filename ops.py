@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 try:
     import kernels  # Triton kernels, for GPUs; optional
+    import ssd_kernels
 except ImportError as e:
     kernels = None
     if torch.cuda.is_available():
@@ -394,6 +395,7 @@ ALL_KERNELS = {}  # by the name of the definition: the kernel, and a function of
 if kernels:
     ALL_KERNELS = {
         "selective_scan": (kernels.selective_scan, kernels.takes_scan),
+        "ssd": (ssd_kernels.ssd, ssd_kernels.takes_ssd),
         "windowed_attention": (kernels.windowed_attention, kernels.takes_attention),
         "causal_conv": (kernels.causal_conv, kernels.takes_conv),
         "cross_entropy": (kernels.cross_entropy, kernels.usable),

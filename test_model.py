@@ -25,7 +25,6 @@ from conftest import (
     LETTERS,
     MEETINGS,
     MIXED,
-    SMALL,
     SYSTEMS,
     compare_with_grads,
     cross_entropy_inputs,
@@ -36,7 +35,10 @@ from conftest import (
     plain_cross_entropy,
     scan_inputs,
     scan_loop,
+    sizes,
     small,
+    ssd_inputs,
+    ssd_loop,
     tokens,
 )
 from engine import Engine
@@ -66,7 +68,7 @@ def test_check_figures():
 
 def test_baseline_configs_match_in_parameters():
     counts = {}
-    for name in ("hymba", "llama", "mamba", "swa", "inter"):
+    for name in ("hymba", "llama", "mamba", "swa", "inter", "mamba2", "hymba_mamba2"):
         _, args = train.parse([str(ROOT / f"config/{name}_125m.py")])
         with torch.device("meta"):
             counts[name] = Hymba(HymbaConfig(**args, vocab_size=32000)).num_params()
@@ -86,6 +88,8 @@ def test_baseline_configs_match_in_parameters():
         ({"n_head": 4, "head_size": 64}, "n_head * head_size = 256: give n_embd, or with fusion=concat less"),
         ({"n_head": 16, "head_size": 64, "fusion": "concat"}, "n_head * head_size = 1024: give n_embd, or with fusion"),
         ({"head_size": 63}, "head_size=63 must be even"),
+        ({"ssm": "s4"}, "ssm='s4': use mamba, mamba2"),
+        ({"ssm": "mamba2", "ssm_head": 48}, "ssm_head=48 does not divide 1024 SSM channels"),
         ({"window": 0}, "window=0: must be 1 or more"),
         ({"n_meta": -1}, "n_meta=-1: must be 0 or more"),
         ({"rope_factor": 8.0}, "rope_factor needs rope_orig, and rope_low less than rope_high"),
@@ -118,6 +122,19 @@ def test_scan_works_in_float32_and_gives_what_it_got():
     expected, last = scan_loop(**{k: v.double() for k, v in inputs.items()})
     assert y.dtype == torch.bfloat16 and h.dtype == torch.float32
     assert error(y, expected) < 1e-2 and error(h, last) < 1e-5
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    shape=st.tuples(*(st.integers(1, n) for n in (3, 12, 4, 5, 9))),
+    state=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_ssd_is_the_recurrence(shape, state, seed):
+    inputs = ssd_inputs(*shape, seed)
+    inputs = inputs if state else {k: v for k, v in inputs.items() if k != "state"}
+    forward, backward = compare_with_grads(model_module.ssd.__wrapped__, ssd_loop, inputs)
+    assert forward < 1e-5 and backward < 1e-4
 
 
 @settings(max_examples=15, deadline=None)
@@ -226,6 +243,28 @@ def test_hybrid_heads_against_a_plain_forward(runs, letter, options, monkeypatch
     else:
         fused = sum(k * u for k, u in zip(signs[fusion], branches, strict=True))
     assert error(y, fused @ w["out_proj.weight"].T) < 1e-5  # RoPE, norms and A are float32
+
+
+@pytest.mark.parametrize("letter", ["M", "H"])
+def test_mamba2_heads_against_a_plain_forward(letter):
+    """In float64, from the paper's words: order of rows, the convolution over x, B and C, gate, then norm."""
+    model = small(letter + "2").double()
+    m, x = model.blocks[0].mixer, torch.randn(2, 30, 32, dtype=torch.float64)
+    w = {name: p.detach() for name, p in m.ssm.named_parameters()}
+    rows = m.in_proj.weight.detach()[-(2 * 64 + 2 * 4 + 4) :]
+    z, xBC, dt = (x @ rows.T).split([64, 64 + 2 * 4, 4], -1)
+    xBC = F.silu(F.conv1d(F.pad(xBC.mT, (3, 0)), w["conv_weight"][:, None], w["conv_bias"], groups=72)).mT
+    s, B, C = xBC.split([64, 4, 4], -1)
+    y, _ = ssd_loop(s.reshape(2, 30, 4, 16), dt, -w["A_log"].exp(), B, C, w["D"], w["dt_bias"])
+    y = y.flatten(2) * F.silu(z)
+    rms = lambda u, scale: u / (u.square().mean(-1, keepdim=True) + 1e-6).sqrt() * scale  # noqa: E731
+    with torch.no_grad():
+        mine = m.ssm(F.linear(x, rows), None)
+        if letter == "M":
+            assert error(m(x, None, None, None)[0], rms(y, w["norm.weight"]) @ m.out_proj.weight.T) < 1e-6
+        else:  # the norm is the branch's
+            assert error(mine, y) < 1e-6 and "norm.weight" not in w
+            assert error(m.ssm_branch_norm(mine), rms(y, m.ssm_branch_norm.weight)) < 1e-6
 
 
 def test_kv_sharing():
@@ -366,7 +405,7 @@ def test_untied_output_layer():
 @pytest.mark.parametrize("pattern", LETTERS + ["hH"])
 def test_overfits_a_batch(pattern):
     torch.manual_seed(0)
-    model = Hymba(HymbaConfig(**(SMALL | {"pattern": pattern})))
+    model = Hymba(HymbaConfig(**sizes(pattern)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0)
     idx = tokens(2, 17)
     for _ in range(120):
@@ -387,6 +426,8 @@ def test_initialisation():
     assert torch.allclose(ssm.A_log.exp(), torch.arange(1.0, 17.0).expand(512, 16))
     assert abs(mixer.out_proj.weight.std() - 0.02 / math.sqrt(8)) < 1e-3 and abs(model.meta.std() - 0.02) < 1e-3
     assert abs(model(tokens(2, 64, vocab=512), tokens(2, 64, vocab=512, seed=3)).item() - math.log(512)) < 0.3
+    A = Hymba(HymbaConfig(n_embd=256, n_head=4, pattern="h", ssm="mamba2", ssm_head=1)).blocks[0].mixer.ssm.A_log.exp()
+    assert 1 <= A.min() < 1.5 and 15.5 < A.max() <= 16 and abs(A.mean() - 8.5) < 0.7
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def test_check_figures():
         dict(
             n_meta=st.integers(0, 9), window=st.integers(1, 9), kv_share=st.booleans(),
             n_kv_head=st.sampled_from([1, 2, 4]), d_state=st.integers(1, 9), d_conv=st.integers(1, 5),
-            expand=st.integers(1, 3),
+            expand=st.integers(1, 3), ssm=st.sampled_from(["mamba", "mamba2"]),
         )
     ),
     rows=st.integers(1, 3),
@@ -67,6 +67,13 @@ def test_flops():
     scan = 2 * (3 + T) * (7 * 64 * 4 + 2 * 4 * 64)
     flops = cost.flops_per_token(model, T)
     assert abs(flops - 3 * (matrices + attention + scan) / T) < 1e-6 * flops
+    two = small("hMT2", n_meta=3)
+    scan2 = 2 * (3 + T) * (5 * 64 * 4 + 2 * 4 * (64 + 2 * 4))
+    matrices += sum(2 * (3 + T) * (b.mixer.in_proj.weight.numel() - a.mixer.in_proj.weight.numel()
+                                   - a.mixer.ssm.x_proj.weight.numel() - a.mixer.ssm.dt_proj.weight.numel())
+                    for a, b in zip(model.blocks[:2], two.blocks[:2], strict=True))  # fmt: skip
+    flops2 = cost.flops_per_token(two, T)
+    assert abs(flops2 - 3 * (matrices + attention + scan2) / T) < 1e-6 * flops2
     step = cost.flops_per_token(model, 100, training=False)
     assert step - cost.flops_per_token(model, 99, training=False) == 2 * 4 * 16  # one more key in the one full block
     assert cost.estimate_mfu(model, 1e6) is None  # no peak is known for a CPU

@@ -15,7 +15,7 @@ import cost
 import engine
 import model as model_module
 import ops
-from conftest import MIXED, SMALL, SYSTEMS, error, needs_gpu, on_device, small, tokens
+from conftest import MIXED, SMALL, SYSTEMS, TRITON, error, needs_gpu, on_device, small, tokens
 from engine import Cache, Engine
 from model import Hymba, HymbaConfig
 
@@ -222,6 +222,18 @@ def test_inference_kernels_in_a_model(pattern, fusion, rows, how, by_kernels, de
     assert error(*outputs) < 1e-5
 
 
+def test_mamba2_steps_through_its_blocks(monkeypatch, kernels_on):
+    """The kernels of one-token steps know Mamba alone: beside them, a Mamba-2 block is called as it is."""
+    steps = []
+    monkeypatch.setattr(engine, "step_block", count(engine.step_block, steps))
+    model = small("Mt2", n_head=2, n_kv_head=1, n_embd=32, window=4)
+    with torch.no_grad():
+        cache, idx = Engine(model).new_cache(2, 6), tokens(2, 6)
+        out = torch.cat([Engine(model).logits(u, cache) for u in idx.split([4, 1, 1], dim=1)], 1)
+        assert error(out, model(idx)) < 1e-5
+    assert not TRITON or len(steps) == 2  # those of the attention block
+
+
 def test_steps_across_a_doubling_of_the_buffers():
     model = small("TH")
     cache = Engine(model).new_cache(2, 6)
@@ -387,7 +399,8 @@ def test_tiny_temperatures_are_greedy(temperature):
             n_meta=st.integers(0, 5), window=st.integers(1, 9), kv_share=st.booleans(),
             fusion=st.sampled_from(["mean", "diff", "concat"]), n_hidden=st.sampled_from([0, 40]),
             n_kv_head=st.sampled_from([1, 2, 4]), d_conv=st.integers(1, 5), expand=st.integers(1, 2),
-            ssm_norm=st.booleans(), tied=st.booleans(), rope_orig=st.sampled_from([0, 8]),
+            ssm=st.sampled_from(["mamba", "mamba2"]), ssm_norm=st.booleans(), tied=st.booleans(),
+            rope_orig=st.sampled_from([0, 8]),
         )
     ),
     lengths=st.lists(st.integers(1, 12), min_size=1, max_size=3),

@@ -23,6 +23,8 @@ from conftest import (
     scan_inputs,
     scan_loop,
     small,
+    ssd_inputs,
+    ssd_loop,
 )
 from ops import linear_cross_entropy, selective_scan, windowed_attention
 
@@ -69,6 +71,46 @@ def test_scan_bfloat16_gives_float32_state():
     y, h = selective_scan(**inputs)
     expected, _ = scan_loop(**{k: v.double() for k, v in inputs.items()})
     assert y.dtype == torch.bfloat16 and h.dtype == torch.float32 and error(y, expected) < 1e-2
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    shape=st.tuples(*(st.integers(1, n) for n in (3, 40, 4, 9, 9))), chunk=st.integers(1, 20), seed=st.integers(0, 1000)
+)
+def test_ssd_against_float64_loop(shape, chunk, seed):
+    """For any length of chunks, with and without a state."""
+    inputs = ssd_inputs(*shape, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "SSD_CHUNK", chunk)
+        fresh = {k: v for k, v in inputs.items() if k != "state"}  # of one token, A would have no gradient
+        for given in [inputs, fresh][: shape[1]]:
+            forward, backward = compare_with_grads(ops.ssd, ssd_loop, given)
+            assert forward < 1e-5 and backward < 1e-4
+
+
+def test_ssd_in_pieces_extremes_and_bfloat16():
+    inputs = ssd_inputs(2, 150, 6, 8, 4, seed=0)
+    y, h = ops.ssd(**inputs)
+    cut = lambda at: {k: v[:, at] if k in ("x", "dt", "B", "C") else v for k, v in inputs.items()}  # noqa: E731
+    y1, h1 = ops.ssd(**cut(slice(0, 71)))
+    y2, h2 = ops.ssd(**(cut(slice(71, None)) | {"state": h1}))
+    assert error(torch.cat([y1, y2], 1), y) < 1e-12 and error(h2, h) < 1e-12
+    dt = torch.where(torch.rand(2, 150, 6) < 0.5, -14.0, 50.0).double()  # softplus: 1e-6 and 50
+    extreme = inputs | {"dt": dt, "A": -(10.0 ** torch.linspace(-4, 2, 6)).double(), "dt_bias": torch.zeros(6).double()}
+    forward, backward = compare_with_grads(ops.ssd, ssd_loop, extreme)
+    assert forward < 1e-3 and backward < 1e-3  # exponents are differences of sums up to 64 x 5,000
+    inputs = {k: v.bfloat16() if k != "state" else v for k, v in inputs.items()}
+    y, h = ops.ssd(**inputs)
+    expected, _ = ssd_loop(**{k: v.double() for k, v in inputs.items()})
+    assert y.dtype == torch.bfloat16 and h.dtype == torch.float32 and error(y, expected) < 1e-2
+
+
+def test_ssd_keeps_its_inputs_alone():
+    kept = []
+    inputs = {k: v.float().requires_grad_() for k, v in ssd_inputs(2, 512, 4, 8, 16, seed=0).items()}
+    with torch.autograd.graph.saved_tensors_hooks(lambda u: kept.append(u.numel()) or u, lambda u: u):
+        ops.ssd(**inputs)
+    assert max(kept) <= inputs["x"].numel() and sum(kept) < 6 * inputs["x"].numel()
 
 
 def test_attention_over_a_long_cache_takes_few_queries_at_a_time(monkeypatch):
@@ -303,6 +345,7 @@ def test_blocks_that_step_by_kernels():
         ops.use_kernels(True)
         assert steps(block(), x) and steps(block("M"), x) and steps(block("T"), x)
         assert not steps(block(n_head=4, n_kv_head=2), x) and steps(block("M", n_head=4, n_kv_head=2), x)
+        assert not steps(block("M2"), x) and not steps(block("h2"), x)
         assert not steps(block(d_state=129), x) and not steps(block(d_conv=5), x) and not steps(hooked, x)
         assert not steps(block(), x.double())
     assert not steps(block(), x)
