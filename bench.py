@@ -261,7 +261,8 @@ def train_worker(config: str, peer: bool, B: int, T: int, steps: int = 12) -> di
     host runs ahead of the device. Tokens/s, peak memory, and the ten kernels that take the longest."""
     import train
 
-    _, args = train.parse([str(Path(__file__).parent / f"config/{config}.py")])
+    file = next((Path(__file__).parent / "config").rglob(f"{config}.py"), f"config/{config}.py")
+    _, args = train.parse([str(file)])
     if peer:
         scan = torch.compiler.disable(mamba_ssm_scan)
         windowed, full = (flex(w, 128, T + 128, inside=True) for w in (1024, 10**9))

@@ -66,16 +66,6 @@ def test_check_figures():
     assert model.config.kv_owner == [0, *groups[0], 15, *groups[1], 31]
 
 
-def test_baseline_configs_match_in_parameters():
-    counts = {}
-    for name in ("hymba", "llama", "mamba", "swa", "inter", "mamba2", "hymba_mamba2"):
-        _, args = train.parse([str(ROOT / f"config/{name}_125m.py")])
-        with torch.device("meta"):
-            counts[name] = Hymba(HymbaConfig(**args, vocab_size=32000)).num_params()
-    assert all(abs(n / counts["hymba"] - 1) < 0.02 for n in counts.values()), counts
-    assert all(train.parse([str(f)]) for f in (ROOT / "config").glob("*.py"))
-
-
 @pytest.mark.parametrize(
     "args, message",
     [
