@@ -142,7 +142,8 @@ class HymbaConfig:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}='{getattr(self, name)[:60]}': use {', '.join(choices)}")
         if self.n_expert and (self.n_expert_active > self.n_expert or not self.n_hidden):
-            raise ValueError(f"n_expert={self.n_expert}: give n_expert_active={self.n_expert_active} or more")
+            active = self.n_expert_active
+            raise ValueError(f"n_expert={self.n_expert} needs n_hidden, and n_expert_active={active} or more experts")
         letters, hybrid = set(self.pattern), set(self.pattern) & set("Hh")
         if letters != {"M"}:  # attention heads must come out even
             if self.n_head % self.n_kv_head:
