@@ -7,8 +7,10 @@ import torch
 from runs import ROOT, losses, train_here
 
 import cost
+import engine
+import ops
 import train
-from conftest import error, tokens
+from conftest import error, on_device, small, tokens
 from engine import Engine
 from model import Hymba, HymbaConfig
 
@@ -88,3 +90,26 @@ def test_weight_decay_reaches_experts():
 def test_experts_that_cannot_be(corpus, flags):
     with pytest.raises(ValueError, match="n_expert=. needs n_hidden, and n_expert_active=2 or more experts"):
         train_here(corpus, *flags)
+
+
+@on_device
+@pytest.mark.parametrize(
+    "options, by_kernels",
+    [({"n_expert": 4}, 2), ({"branch_norm": "group", "fusion": "sum"}, 2), ({"rope": False, "fusion": "sum"}, 2),
+     (dict(fusion="concat", n_head=1, head_size=16), 2)],
+    ids=str,
+)  # fmt: skip
+def test_one_token_steps(options, by_kernels, device, monkeypatch):
+    """With the kernels of one-token steps and without."""
+    steps, outputs, idx = [], [], tokens(2, 9).to(device)
+    step = engine.step_block
+    monkeypatch.setattr(engine, "step_block", lambda *args: (steps.append(1), step(*args))[1])
+    for on in (True, False):
+        ops.use_kernels(on)
+        model = small("hT", **dict(n_head=2, n_kv_head=1, window=4) | options).to(device)
+        cache = Engine(model).new_cache(2, 9)
+        with torch.no_grad():
+            outputs.append(torch.cat([Engine(model).logits(u, cache) for u in idx.split([6, 1, 1, 1], dim=1)], 1))
+    assert len(steps) == 3 * by_kernels
+    with torch.no_grad():
+        assert error(outputs[0], model(idx)) < 1e-5 and error(*outputs) < 1e-5
