@@ -204,10 +204,12 @@ class _Permutation(torch.autograd.Function):
 
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Rows of x (n, a) in groups, each times its group's matrix: weight (X, b, a) -> (n, b). Group g ends before row
-    ends[g]. In bfloat16, one call of torch's grouped product, where this torch has it."""
+    ends[g]. In bfloat16, one call of torch's grouped product, where this torch has it and rows come in 16 bytes."""
     dtype = compute_dtype(x)
-    aligned = all(n % 8 == 0 for n in weight.shape[1:])  # it wants rows of 16 bytes
-    if hasattr(F, "grouped_mm") and dtype == torch.bfloat16 and aligned:
+    fits = hasattr(F, "grouped_mm") and dtype == torch.bfloat16 and all(n % 8 == 0 for n in weight.shape[1:])
+    if x.is_cuda:  # on other GPUs than Hopper and the first Blackwells, that call waits for the device
+        fits = fits and kernels is not None and 90 <= kernels.capability(x.device.index) < 110
+    if fits:
         return F.grouped_mm(x.to(dtype), weight.to(dtype).mT, offs=ends)
     if x.is_cuda or torch.compiler.is_compiling():  # all rows times all matrices: the host shall not wait for ends
         group = torch.searchsorted(ends, torch.arange(len(x), device=x.device), right=True)[:, None]
@@ -220,7 +222,7 @@ def mixture(x: Tensor, expert: Tensor, weight: Tensor, gate: Tensor, up: Tensor,
     """Pairs of a token and an expert are sorted by expert, so that each expert gets its rows in one product."""
     X, k = len(gate), expert.shape[1]
     expert, order = expert.flatten().sort(stable=True)  # (n k,)
-    inverse = order.argsort()
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
     ends = torch.searchsorted(expert, torch.arange(X, device=x.device), right=True, out_int32=True)  # (X,)
     u = _Permutation.apply(x.repeat_interleave(k, dim=0), order, inverse)  # (n k, C)
     u = F.silu(grouped_linear(u, gate, ends)) * grouped_linear(u, up, ends)  # (n k, hidden)

@@ -19,6 +19,7 @@ from conftest import (
     error,
     expert_inputs,
     experts_loop,
+    needs_gpu,
     plain_cross_entropy,
     scan_inputs,
     scan_loop,
@@ -370,6 +371,31 @@ def test_mixture_sorts_by_expert(how, n, C, hidden, X, k, monkeypatch):
         u = {name: v.float().requires_grad_() for name, v in inputs.items()}
         names = {type(node).__name__ for node in graph_of(ops.mixture(expert=expert, **u).grad_fn)}
         assert "_PermutationBackward" in names and "IndexBackward0" not in names
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 2e-2), (torch.float32, 1e-4)], ids=str)
+@pytest.mark.parametrize("n, C, hidden, X, k", [(2, 16, 32, 8, 2), (3000, 512, 832, 8, 2), (77, 24, 40, 5, 5)])
+def test_mixture_on_a_gpu(n, C, hidden, X, k, dtype, bound, monkeypatch):
+    """The host never waits, so that CUDA graphs can hold it. Twice the same to the bit."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    inputs, expert = expert_inputs(n, C, hidden, X, k, seed=n)
+    expert, outputs = expert.cuda(), []
+
+    def mixture(**u):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            outputs.append(ops.mixture(expert=expert, **u))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return outputs[-1]
+
+    loop = functools.partial(experts_loop, expert=expert)
+    for _ in range(2):
+        forward, backward = compare_with_grads(mixture, loop, inputs, dtype, "cuda")
+        assert forward < bound and backward < bound
+    assert torch.equal(*outputs)
 
 
 def graph_of(node) -> list:
