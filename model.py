@@ -21,7 +21,8 @@ Letters used for sizes throughout:
     B batch            C model width (n_embd)      H query heads          E query/key head size
     T tokens in call   D inner width (expand * C)  G key/value heads      F value head size
     S keys seen        N SSM state size            M meta tokens          W window
-    V vocabulary       K conv kernel               R dt rank             P channels of a Mamba-2 head
+    V vocabulary       K conv kernel               R dt rank              P channels of a Mamba-2 head
+    X experts          k experts of a token
 
 In shapes, a letter is always one of these sizes. In the scan, A, B, C and D are Mamba's tensors, too, and in a pattern,
 T, H and M are kinds of blocks.
@@ -123,8 +124,8 @@ class HymbaConfig:
     def __post_init__(self):
         ranges = dict.fromkeys(["n_hidden", "rope_orig", "dt_rank", "head_size"], (0, 2**24)) | {"n_layer": (0, 1000)}
         ranges |= dict.fromkeys(["expand", "d_conv"], (1, 1024)) | {"norm_eps": (1e-12, 1), "rope_base": (1, 1e12)}
-        ranges |= {"n_expert": (0, 4096), "n_expert_active": (1, 4096), "balance": (0, 1e6)}
         ranges |= {"n_meta": (0, 2**16), "window": (1, 2**20)}  # a cache has this many slots, used or not
+        ranges |= {"n_expert": (0, 4096), "balance": (0, 1e6)}
         check_fields(self, ranges | dict.fromkeys(["rope_factor", "rope_low", "rope_high"], (0, 1e12)))
         n = self.n_layer or len(self.pattern) or 24
         if n > 1000:
@@ -142,8 +143,7 @@ class HymbaConfig:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}='{getattr(self, name)[:60]}': use {', '.join(choices)}")
         if self.n_expert and (self.n_expert_active > self.n_expert or not self.n_hidden):
-            active = self.n_expert_active
-            raise ValueError(f"n_expert={self.n_expert} needs n_hidden, and n_expert_active={active} or more experts")
+            raise ValueError(f"n_expert={self.n_expert} needs n_hidden, and to be n_expert_active or more")
         letters, hybrid = set(self.pattern), set(self.pattern) & set("Hh")
         if letters != {"M"}:  # attention heads must come out even
             if self.n_head % self.n_kv_head:

@@ -406,7 +406,8 @@ def start(
         with naming(run.metrics):
             run.metrics.with_suffix(".new").write_text("".join(metrics_so_far(run)))
         run.metrics.with_suffix(".new").replace(run.metrics)
-        size = f"{model.num_params():,} parameters, {cost.flops_per_token(model) / 1e6:,.3g} MFLOP a token"
+        active = f" ({cost.active_params(model):,} for each token)" if config.n_expert else ""
+        size = f"{model.num_params():,} parameters{active}, {cost.flops_per_token(model) / 1e6:,.3g} MFLOP a token"
         where = f"{device} x {world}" if world > 1 else f"{device}"
         print(f"{config.pattern}: {size}, {len(data.train[0]):,} training tokens, on {where}", flush=True)
     return run

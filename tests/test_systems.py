@@ -88,7 +88,7 @@ def test_weight_decay_reaches_experts():
 
 @pytest.mark.parametrize("flags", [["--n_expert=1"], ["--n_expert=4", "--n_hidden=0"]])
 def test_experts_that_cannot_be(corpus, flags):
-    with pytest.raises(ValueError, match="n_expert=. needs n_hidden, and n_expert_active=2 or more experts"):
+    with pytest.raises(ValueError, match="n_expert=. needs n_hidden, and to be n_expert_active or more"):
         train_here(corpus, *flags)
 
 
