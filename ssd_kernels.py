@@ -43,6 +43,12 @@ def load_state(states, P: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, BN: t
 
 
 @triton.jit
+def decays(s_late, s_early):
+    """exp(s_i - s_j), at most 1: where i < j, what it is multiplied with is 0."""
+    return tl.exp2(tl.minimum(s_late - s_early, 0.0))
+
+
+@triton.jit
 def ssd_steps_kernel(dt_ptr, A_ptr, bias_ptr, step_ptr, s_ptr, T, heads, dt_b, dt_t, Q: tl.constexpr, BH: tl.constexpr):
     """step = softplus(dt + bias), 0 after the end, and s log2(e). Both (B, heads, chunks Q), float32: dt is read once,
     and then tokens are contiguous. Grid (heads / BH, chunks, B)."""
@@ -115,16 +121,15 @@ def ssd_output_kernel(
     at, here = t[:, None] * (heads * P) + p[None, :], (c * Q + t < T)[:, None] & (p < P)[None, :]
     C = load_rows(C_ptr + b * C_b, c * Q, T, C_t, N, Q, BN, DOT)
     B = load_rows(B_ptr + b * B_b, c * Q, T, B_t, N, Q, BN, DOT)
-    CB = tl.dot(C, B.T, input_precision="ieee")  # (Q, Q)
+    CB = tl.where(t[:, None] >= t[None, :], tl.dot(C, B.T, input_precision="ieee"), 0.0)  # (Q, Q)
     first = tl.program_id(0) * group
     for head in range(first, tl.minimum(first + group, heads)):
         row = (b * heads + head) * n_chunk * Q + c * Q + t
         step, s = tl.load(step_ptr + row), tl.load(s_ptr + row)
         x = load_rows(x_ptr + b * x_b + head * x_h, c * Q, T, x_t, P, Q, BP, DOT)
         h = load_state(states_ptr + ((b * n_chunk + c) * heads + head) * (P * N), P, BP, N, BN)
-        decay = tl.exp2(tl.where(t[:, None] >= t[None, :], s[:, None] - s[None, :], float("-inf")))
         y = tl.dot(C, h.T, input_precision="ieee") * tl.exp2(s)[:, None]
-        y = tl.dot((CB * decay * step[None, :]).to(DOT), x, y, input_precision="ieee")
+        y = tl.dot((CB * decays(s[:, None], s[None, :]) * step[None, :]).to(DOT), x, y, input_precision="ieee")
         y += tl.load(D_ptr + head).to(tl.float32) * x.to(tl.float32)
         tl.store(y_ptr + ((b * T + c * Q) * heads + head) * P + at, y.to(y_ptr.dtype.element_ty), mask=here)
 
@@ -189,7 +194,7 @@ def ssd_backward_kernel(
 
     dB and dC are sums over heads: each program adds up G of its own, and leaves its sums in (groups, B, T, N). The
     products stand transposed, tokens j along rows, so that only the sum of all G is ever turned round. Sums over tokens
-    for A, D and the bias: (3, B chunks, heads). Grid (groups of heads, chunks, B).
+    for A and the bias: (2, B, chunks, heads). Grid (groups of heads, chunks, B).
     """
     c, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     t, p, n = tl.arange(0, Q), tl.arange(0, BP), tl.arange(0, BN)
@@ -197,7 +202,7 @@ def ssd_backward_kernel(
     at, here = t[:, None] * (heads * P) + p[None, :], (token < T)[:, None] & (p < P)[None, :]
     B = load_rows(B_ptr + b * B_b, c * Q, T, B_t, N, Q, BN, DOT)
     C = load_rows(C_ptr + b * C_b, c * Q, T, C_t, N, Q, BN, DOT)
-    BC = tl.dot(B, C.T, input_precision="ieee")  # (Q, Q): j, i
+    BC = tl.where(t[:, None] <= t[None, :], tl.dot(B, C.T, input_precision="ieee"), 0.0)  # (Q, Q): j, i
     G_sum = tl.zeros((Q, Q), tl.float32)
     first = tl.program_id(0) * group
     for head in range(first, tl.minimum(first + group, heads)):
@@ -207,30 +212,32 @@ def ssd_backward_kernel(
         dy = load_rows(dy_ptr + b * dy_b + head * dy_h, c * Q, T, dy_t, P, Q, BP, DOT)
         chunk = (b * n_chunk + c) * heads + head
         dh = load_state(dstates_ptr + chunk * (P * N), P, BP, N, BN)
-        decay = tl.exp2(tl.where(t[None, :] >= t[:, None], s[None, :] - s[:, None], float("-inf")))
+        decay = decays(s[None, :], s[:, None])
+        G = tl.dot(x, dy.T, input_precision="ieee") * decay
+        G_sum += G * step[:, None]
+        M = (BC * decay).to(DOT)
+        Z = G * BC
+        x_du, y_dy = tl.sum(Z, 1), tl.sum(Z * step[:, None], 0)
+
         du = tl.dot(B, dh.T, input_precision="ieee") * tl.exp2(s_last - s)[:, None]
-        after = tl.sum(du * x.to(tl.float32), 1) * step
-        du = tl.dot((BC * decay).to(DOT), dy, du, input_precision="ieee")
-        ddt = tl.sum(du * x.to(tl.float32), 1)
+        after = tl.sum(du * x.to(tl.float32), 1)
+        # s is never positive: this is dy, in the registers in which du is
+        dD = tl.sum(tl.where(s_last <= 0.0, dy.to(tl.float32), du) * x.to(tl.float32))
+        du = tl.dot(M, dy, du, input_precision="ieee")
         dx = du * step[:, None] + tl.load(D_ptr + head).to(tl.float32) * dy.to(tl.float32)
         tl.store(dx_ptr + ((b * T + c * Q) * heads + head) * P + at, dx.to(dx_ptr.dtype.element_ty), mask=here)
 
-        x_dy = tl.dot(x, dy.T, input_precision="ieee")
-        dD = tl.sum(tl.where(t[None, :] == t[:, None], x_dy, 0.0))
-        G = x_dy * decay * step[:, None]
-        G_sum += G
-        Z = G * BC
-        to_end = tl.sum(Z, 0) - tl.sum(Z, 1) + tl.load(before_ptr + row + t) - after
-        da = tl.cumsum(to_end, 0, reverse=True) + tl.sum(after) + tl.load(through_ptr + chunk)
+        to_end = y_dy - x_du * step + tl.load(before_ptr + row + t) - after * step
+        da = tl.cumsum(to_end, 0, reverse=True) + tl.sum(after * step) + tl.load(through_ptr + chunk)
         raw = tl.load(dt_ptr + b * dt_b + token * dt_t + head, mask=token < T, other=0.0).to(tl.float32)
-        ddt += tl.load(A_ptr + head) * da
-        ddt = tl.where(token < T, ddt * sigmoid(raw + tl.load(bias_ptr + head).to(tl.float32)), 0.0)
+        ddt = (tl.load(A_ptr + head) * da + x_du + after) * sigmoid(raw + tl.load(bias_ptr + head).to(tl.float32))
+        ddt = tl.where(token < T, ddt, 0.0)
         tl.store(ddt_ptr + (b * T + token) * heads + head, ddt.to(ddt_ptr.dtype.element_ty), mask=token < T)
         size = tl.num_programs(2) * n_chunk * heads
         tl.store(sums_ptr + chunk, tl.sum(da * step))
-        tl.store(sums_ptr + size + chunk, dD)
-        tl.store(sums_ptr + 2 * size + chunk, tl.sum(ddt))
-    G = G_sum.to(DOT)
+        tl.store(sums_ptr + size + chunk, tl.sum(ddt))
+        tl.store(sums_ptr + 2 * size + chunk, dD)
+    G = tl.where(t[:, None] <= t[None, :], G_sum, 0.0).to(DOT)
     dB = tl.dot(G, C, input_precision="ieee")
     dC = tl.dot(G.T, B, input_precision="ieee")
     at = ((tl.program_id(0) * tl.num_programs(2) + b) * T + token)[:, None] * N + n[None, :]
@@ -321,7 +328,7 @@ def _ssd_backward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, state: Tensor | None,
     dy: Tensor, dlast: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, dt, B, C; of A, D and dt_bias (3, heads); of the state."""
+    """Gradients of x, dt, B, C; of A, dt_bias and D (3, heads); of the state."""
     (b, t, heads, p), n = x.shape, B.shape[2]
     x, dt, B, C, dy = map(_dense, (x, dt, B, C, dy))
     tile = _tile(x, B, 64)
@@ -337,15 +344,17 @@ def _ssd_backward(
     dB, dC = torch.empty(2, 2, n_group, b, t, n, dtype=sums, device=x.device)
     before, through = torch.empty_like(s), s.new_empty(b, n_chunk, heads)
     of_heads = s.new_empty(3, b * n_chunk, heads)
-    grid, launch = (n_group, n_chunk, b), tile | dict(num_warps=4, num_stages=2)
+    grid, launch = (n_group, n_chunk, b), tile | dict(num_stages=2)
     ssd_backward_states_kernel[grid](
         x, C, dy, step, s, states, dstates, before, through, dB[0], dC[0], t, heads, group, n_chunk,
         *x.stride()[:3], *C.stride()[:2], *dy.stride()[:3], **launch,
+        num_warps=4 if large() else 8,
     )  # fmt: skip
     ssd_backward_kernel[grid](
         x, dt, A, B, C, D, dt_bias, dy, step, s, dstates, before, through, dx, ddt, dB[1], dC[1], of_heads,
         t, heads, group, n_chunk,
         *x.stride()[:3], *dt.stride()[:2], *B.stride()[:2], *C.stride()[:2], *dy.stride()[:3], **launch,
+        num_warps=4,
     )  # fmt: skip
     dB, dC = (u.sum((0, 1), dtype=torch.float32).to(B.dtype) for u in (dB, dC))
     return dx, ddt, dB, dC, of_heads.sum(1), dstate
@@ -366,7 +375,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dy, dlast):
     x, _, _, _, _, D, dt_bias, state = ctx.saved_tensors
     dy = torch.zeros_like(x) if dy is None else dy
-    dx, ddt, dB, dC, (dA, dD, dbias), dstate = _ssd_backward(*ctx.saved_tensors, dy, dlast)
+    dx, ddt, dB, dC, (dA, dbias, dD), dstate = _ssd_backward(*ctx.saved_tensors, dy, dlast)
     return dx, ddt, dA, dB, dC, dD.to(D.dtype), dbias.to(dt_bias.dtype), None if state is None else dstate
 
 
