@@ -218,7 +218,7 @@ def test_a_kernel_runs_where_it_takes_the_inputs(monkeypatch):
     monkeypatch.setitem(ops.PLAIN, "rms_norm", lambda x, weight, eps: x + 1)
     assert torch.equal(model_module.rms_norm(x, weight, 1e-6), x + 1)
     monkeypatch.setattr(model_module, "ops", None)
-    assert error(model_module.rms_norm(x, weight, 1e-6), F.rms_norm(x, (5,))) < 1e-6
+    assert error(model_module.rms_norm(x, weight, 1e-6), F.rms_norm(x, (5,), eps=1e-6)) < 1e-6
 
 
 def test_kernels_can_be_turned_off_and_on():
