@@ -223,7 +223,7 @@ def ssd_inputs(B: int, T: int, heads: int, N: int, dtype: torch.dtype) -> dict[s
 
 
 def ssd_gpu(repeats: int, accuracy: bool) -> list[dict]:
-    """Times at SSD's shapes; or relative errors (norms) of y and each gradient, at (B, T, heads, N) = (2, 2048, 8, 128)."""
+    """Times at SSD's shapes; or relative errors of y and each gradient at (B, T, heads, N) = (2, 2048, 8, 128)."""
     rows = []
     for shape in [] if accuracy else SSD:
         hbm = 4 * 64 * math.prod(shape[:3]) / COPY * 1e3
