@@ -397,7 +397,8 @@ def test_tiny_temperatures_are_greedy(temperature):
     options=st.fixed_dictionaries(
         dict(
             n_meta=st.integers(0, 5), window=st.integers(1, 9), kv_share=st.booleans(),
-            fusion=st.sampled_from(["mean", "diff", "concat"]), n_hidden=st.sampled_from([0, 40]),
+            fusion=st.sampled_from(["mean", "sum", "diff", "concat"]), n_hidden=st.sampled_from([0, 40]),
+            branch_norm=st.sampled_from(["rms", "group", "none"]), branch_scale=st.booleans(), rope=st.booleans(),
             n_kv_head=st.sampled_from([1, 2, 4]), d_conv=st.integers(1, 5), expand=st.integers(1, 2),
             ssm=st.sampled_from(["mamba", "mamba2"]), ssm_norm=st.booleans(), tied=st.booleans(),
             rope_orig=st.sampled_from([0, 8]),
