@@ -5,6 +5,8 @@ Speed and memory, ours beside the peers that are installed: python bench.py WHAT
                 mambapy, each in a process of its own for its peak memory; --loop adds the loop over tokens that small
                 reimplementations leave to autograd; --accuracy: errors of outputs and gradients on a GPU, against
                 float64 and beside mamba-ssm's
+    ssd         Mamba-2's scan on a GPU, forward and backward: ours, mamba-ssm's and fla's Triton kernels, and the
+                floor; --accuracy: errors against float64
     attention   attention in a window of 1,024 tokens plus 128 meta tokens: ours, FlexAttention, and as the released
                 code has it (two FlexAttention calls on halves of the values, keys and values repeated); and full
                 causal attention beside PyTorch's own (SDPA)
@@ -40,6 +42,7 @@ import statistics
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import torch
@@ -55,6 +58,7 @@ from model import Hymba, HymbaConfig
 
 SCAN_CPU = (8, 512, 512, 16)  # B, T, D, N
 SCAN_GPU = [(8, 2176, 3200, 16), (32, 2176, 1024, 16), (2, 8320, 3200, 16), (1, 65536, 3200, 16)]
+SSD = [(8, 2176, 50, 128), (32, 2176, 16, 128)]  # B, T, heads, N with P = 64
 ATTENTION = [(8, 2176, 25, 5), (2, 8320, 25, 5), (32, 2176, 8, 4)]  # B, T, H, G with E = 64, F = 128
 COPY, PEAK = 3.0e12, 990e12  # B/s and bf16 FLOP/s of an H100
 LLAMA_3B = dict(pattern="T" * 28, n_embd=3072, n_head=24, n_kv_head=8, n_hidden=8192, n_meta=0, vocab_size=128256)
@@ -185,6 +189,63 @@ def scan_accuracy(tokens: list[int]) -> list[dict]:
     return rows
 
 
+def ssd_peers() -> dict:
+    """By name, Mamba-2's scan of the packages that are here, with our signature."""
+    import ssd_kernels
+
+    def mamba_ssm(x, dt, A, B, C, D, dt_bias):
+        sys.modules.setdefault("selective_scan_cuda", types.ModuleType("selective_scan_cuda"))  # of no use here
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+        B, C = B.unsqueeze(2), C.unsqueeze(2)  # one group
+        return mamba_chunk_scan_combined(x, dt, A, B, C, 128, D, dt_bias=dt_bias, dt_softplus=True)
+
+    def fla(x, dt, A, B, C, D, dt_bias):
+        from fla.ops.simple_gla import chunk_simple_gla
+
+        step, heads = F.softplus(dt.float() + dt_bias), x.shape[2]
+        q, k = (u.unsqueeze(2).expand(-1, -1, heads, -1).contiguous() for u in (C, B))  # it has no groups
+        y, _ = chunk_simple_gla(q, k, (x * step[..., None]).to(x.dtype), g=step * A, scale=1.0)
+        return y + (D[:, None] * x).to(x.dtype)
+
+    peers = {"ours": lambda *u: ssd_kernels.ssd(*u)[0]}
+    here = {name: f for name, f in [("mamba_ssm", mamba_ssm), ("fla", fla)] if importlib.util.find_spec(name)}
+    return peers | here
+
+
+def ssd_inputs(B: int, T: int, heads: int, N: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """As a Mamba-2 block makes them at first: A in [-16, -1], steps of 1e-3 to 1e-1."""
+    torch.manual_seed(0)
+    new = lambda *shape: torch.randn(*shape, device="cuda").to(dtype)  # noqa: E731
+    vector = lambda low, high: torch.empty(heads, device="cuda").uniform_(low, high)  # noqa: E731
+    inputs = dict(x=new(B, T, heads, 64), dt=0.3 * new(B, T, heads), A=-vector(1, 16), B=new(B, T, N), C=new(B, T, N))
+    return inputs | dict(D=torch.ones(heads, device="cuda"), dt_bias=vector(-6.9, -2.25))
+
+
+def ssd_gpu(repeats: int, accuracy: bool) -> list[dict]:
+    """Times at SSD's shapes; or relative errors of y and each gradient at (B, T, heads, N) = (2, 2048, 8, 128)."""
+    rows = []
+    for shape in [] if accuracy else SSD:
+        hbm = 4 * 64 * math.prod(shape[:3]) / COPY * 1e3
+        for name, f in ssd_peers().items():
+            inputs = [u.requires_grad_() for u in ssd_inputs(*shape, torch.bfloat16).values()]
+            if r := attempt(name, forward_and_backward, f, inputs, repeats):
+                rows.append(dict(shape=str(shape), name=name, **r, hbm_floor=hbm))
+    ratios(rows)
+    for dtype in (torch.bfloat16, torch.float32) if accuracy else ():
+        inputs = ssd_inputs(2, 2048, 8, 128, dtype)
+        grad, exact = torch.randn_like(inputs["x"]), None
+        for name, f in ({"float64": lambda *u: ops.ssd(*u)[0]} | ssd_peers()).items():
+            mine = {k: (u if exact else u.double()).clone().requires_grad_() for k, u in inputs.items()}
+            y = f(*mine.values())
+            found = dict(y=y, **dict(zip(mine, torch.autograd.grad(y, list(mine.values()), grad.to(y)), strict=True)))
+            if exact:
+                errors = {k: ((u.double() - exact[k]).norm() / exact[k].norm()).item() for k, u in found.items()}
+                rows.append(dict(dtype=str(dtype).removeprefix("torch."), name=name) | errors)
+            exact = exact or found
+    return rows
+
+
 def ratios(rows: list[dict]) -> None:
     """Add to each row how much longer it takes than ours of the same shape, and print geometric means."""
     ours = {(r["shape"], r.get("mask")): r for r in rows if r["name"] == "ours"}
@@ -261,7 +322,8 @@ def train_worker(config: str, peer: bool, B: int, T: int, steps: int = 12) -> di
     host runs ahead of the device. Tokens/s, peak memory, and the ten kernels that take the longest."""
     import train
 
-    _, args = train.parse([str(Path(__file__).parent / f"config/{config}.py")])
+    file = next((Path(__file__).parent / "config").rglob(f"{config}.py"), f"config/{config}.py")
+    _, args = train.parse([str(file)])
     if peer:
         scan = torch.compiler.disable(mamba_ssm_scan)
         windowed, full = (flex(w, 128, T + 128, inside=True) for w in (1024, 10**9))
@@ -706,7 +768,7 @@ def numbers(flag: str, text: str) -> list[int]:
 
 def main(argv: list[str]) -> None:
     parser = Parser("bench.py", __doc__)
-    parser.add_argument("what", choices=["scan", "attention", "train", "decode", "roadmap", "sweep", "plot"])
+    parser.add_argument("what", choices=["scan", "ssd", "attention", "train", "decode", "roadmap", "sweep", "plot"])
     parser.add_argument("files", nargs="*", help="plot: what --json wrote")
     parser.add_argument("--repeats", type=int, help="timed runs [CPU: 7, GPU: 30]")
     parser.add_argument("--tokens", default="", help="GPU scan, attention: one sequence each of 1024,4096,... tokens")
@@ -716,7 +778,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--batches", default="1,16,128", help="decode: which; roadmap, sweep: the last [1,16,128]")
     parser.add_argument("--models", default="", help="decode: which models, separated by semicolons [all]")
     parser.add_argument("--profile", action="store_true", help="decode: where a step's time goes, to stderr")
-    parser.add_argument("--accuracy", action="store_true", help="scan on a GPU: errors against float64")
+    parser.add_argument("--accuracy", action="store_true", help="scan, ssd on a GPU: errors against float64")
     parser.add_argument("--ampere", action="store_true", help="the code path of GPUs before Hopper, on a Hopper GPU")
     parser.add_argument("--json", metavar="FILE", help="write the results there, too")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -753,6 +815,8 @@ def main(argv: list[str]) -> None:
         rows = scan_accuracy(tokens)
     elif args.what == "scan":
         rows = scan_gpu(args.repeats or 30, tokens) if gpu else scan_cpu(args.repeats or 7, args.loop)
+    elif args.what == "ssd":
+        rows = ssd_gpu(args.repeats or 30, args.accuracy)
     elif args.what == "attention":
         rows = attention_gpu(args.repeats or 30, tokens)
     elif args.what == "train":

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from files import brief, check_keys, read_json, read_tensors, recover, replacing, write_tensors
+from files import INFINITY, brief, check_keys, read_json, read_tensors, recover, replacing, write_tensors
 from model import Hymba, HymbaConfig
 
 # By config.json's model_type: their tensor -> our parameter. Tensors that share one are its rows, in this order.
@@ -76,6 +76,11 @@ FORMATS = {
         "lm_head.weight": "lm_head",
     },
 }
+_MAMBA2 = {name: ours for name, ours in FORMATS["mamba"].items() if "x_proj" not in name and "dt_proj" not in name}
+FORMATS["mamba2"] = _MAMBA2 | {
+    "backbone.layers.{i}.mixer.dt_bias": "blocks.{i}.mixer.ssm.dt_bias",
+    "backbone.layers.{i}.mixer.norm.weight": "blocks.{i}.mixer.ssm.norm.weight",
+}
 
 # What their config.json must have, and what it may have, by types
 _SIZES = dict.fromkeys(["vocab_size", "hidden_size", "num_hidden_layers"], int)
@@ -93,10 +98,17 @@ RELEASED_KEYS = {
         _SIZES | dict(state_size=int, conv_kernel=int, expand=int, time_step_rank=int | str, layer_norm_epsilon=float),
         _MAY,
     ),
+    "mamba2": (
+        _SIZES
+        | dict(state_size=int, conv_kernel=int, expand=int, head_dim=int, num_heads=int, n_groups=int)
+        | dict(layer_norm_epsilon=float),
+        _MAY | dict(time_step_limit=list),
+    ),
 }
 
-# Stay float32 in a bfloat16 model: what the convolution and the scan multiply and add channel by channel
-FLOAT32 = ("conv_weight", "conv_bias", "dt_bias", "A_log", ".D")
+# Stay float32 in a bfloat16 model: what the convolution and the scan multiply and add channel by channel, and what
+# chooses experts
+FLOAT32 = ("conv_weight", "conv_bias", "dt_bias", "A_log", ".D", "router_proj.weight")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of weights
 
@@ -128,7 +140,7 @@ def cast(model: Hymba, dtype: torch.dtype) -> Hymba:
 
 
 def released_config(c: dict) -> dict:
-    """The fields of HymbaConfig for a released Hymba, or a Llama or Mamba of transformers, from its config.json.
+    """The fields of HymbaConfig, from config.json of a released Hymba, or of transformers' Llama, Mamba or Mamba-2.
 
     Its keys have the types of RELEASED_KEYS. Raises ValueError for what model.py cannot compute.
     """
@@ -142,12 +154,18 @@ def released_config(c: dict) -> dict:
     if not 1 <= n <= 1000 or c.get("num_attention_heads", 1) < 1:
         raise ValueError(f"num_hidden_layers={n}, num_attention_heads={c.get('num_attention_heads')} is not possible")
     only(c, hidden_act="silu")
-    tied = c.get("tie_word_embeddings", kind != "llama")  # transformers' defaults
+    tied = c.get("tie_word_embeddings", kind not in ("llama", "mamba2"))  # transformers' defaults
     common = dict(vocab_size=c["vocab_size"], n_embd=c["hidden_size"], tied=tied)
-    if kind == "mamba":
-        only(c, use_bias=False, use_conv_bias=True, intermediate_size=c["expand"] * c["hidden_size"])
-        ssm = dict(d_state=c["state_size"], d_conv=c["conv_kernel"], expand=c["expand"])
-        ssm["dt_rank"] = 0 if c["time_step_rank"] == "auto" else c["time_step_rank"]
+    if kind in ("mamba", "mamba2"):
+        D = c["expand"] * c["hidden_size"]
+        only(c, use_bias=False, use_conv_bias=True)
+        ssm = dict(ssm=kind, d_state=c["state_size"], d_conv=c["conv_kernel"], expand=c["expand"])
+        if kind == "mamba":
+            only(c, intermediate_size=D)
+            ssm["dt_rank"] = 0 if c["time_step_rank"] == "auto" else c["time_step_rank"]
+        else:
+            only(c, n_groups=1, num_heads=D // max(c["head_dim"], 1), time_step_limit=[0.0, INFINITY])
+            ssm["ssm_head"] = c["head_dim"]
         return dict(pattern="M" * n, n_hidden=0, n_meta=0, norm_eps=c["layer_norm_epsilon"], **common, **ssm)
 
     heads = c["num_attention_heads"]
@@ -301,9 +319,9 @@ def load(name: str | Path, dtype: torch.dtype | None = None, device: str | torch
     """Load a checkpoint: a folder with config.json and safetensors (one file, or shards and their index), or a model on
     huggingface.co, such as "nvidia/Hymba-1.5B-Base".
 
-    Reads what save (and so train.py) writes, released Hymba weights, and transformers' Llama and Mamba. Parameters get
-    dtype, or keep the file's if it is None; those in FLOAT32 are float32 at least. On a CPU they stay where the file is
-    mapped into memory as long as neither dtype nor rows change: no second copy.
+    Reads what save (and so train.py) writes, released Hymba weights, and transformers' Llama, Mamba and Mamba-2.
+    Parameters get dtype, or keep the file's if it is None; those in FLOAT32 are float32 at least. On a CPU they stay
+    where the file is mapped into memory as long as neither dtype nor rows change: no second copy.
 
     Raises FileNotFoundError for a missing file, ConnectionError for a failed download, ValueError for a config.json
     that model.py cannot compute and for tensors that do not fit it, naming each missing, unexpected or misshapen.

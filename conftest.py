@@ -28,7 +28,8 @@ if TRITON:
     import triton
     import triton.runtime.interpreter as interpreter
 
-    patch_tensors, splat = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_splat
+    builder = interpreter.InterpreterBuilder
+    patch_tensors, splat, dot = interpreter._patch_lang_tensor, builder.create_splat, builder.create_dot
 
     def with_index(tensor, scope):
         """Triton 3.6 takes int() of one-element arrays for loop bounds, which NumPy 2.4 refuses."""
@@ -41,7 +42,14 @@ if TRITON:
         tensor.data = tensor.data.astype(bool) if ret_ty.scalar == triton.language.int1 else tensor.data
         return tensor
 
-    interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_splat = with_index, splat_bool
+    def dot_bfloat16(self, a, b, *rest):
+        """The interpreter keeps bfloat16 as integers, and would multiply those."""
+        wide = lambda u: interpreter.TensorHandle(  # noqa: E731
+            (u.data.astype(np.uint32) << 16).view(np.float32), triton.language.float32
+        )
+        return dot(self, *(wide(u) if u.dtype.scalar == triton.language.bfloat16 else u for u in (a, b)), *rest)
+
+    interpreter._patch_lang_tensor, builder.create_splat, builder.create_dot = with_index, splat_bool, dot_bfloat16
 
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
 on_device = pytest.mark.parametrize(
@@ -100,18 +108,46 @@ def corpus(tmp_path_factory):
 # ----------------------------------------------------------------------------------------------------------------------
 # Small models and inputs
 
-SMALL = dict(vocab_size=61, block_size=32, n_embd=32, n_head=4, n_kv_head=2, n_hidden=40, d_state=4, n_meta=5, window=7)
-LETTERS = ["TTT", "ttt", "MMM", "HHH", "hhh"]
-MIXED = ["HhhHhhhH", "MMTMtH"]
+SMALL = dict(
+    vocab_size=61,
+    block_size=32,
+    n_embd=32,
+    n_head=4,
+    n_kv_head=2,
+    n_hidden=40,
+    d_state=4,
+    n_meta=5,
+    window=7,
+    ssm_head=16,
+)
+LETTERS = ["TTT", "ttt", "MMM", "HHH", "hhh", "MMM2"]
+MIXED = ["HhhHhhhH", "MMTMtH", "hMH2"]
+
+
+def sizes(pattern: str, **options) -> dict:
+    """Fields of a small model. A 2 after the pattern: its SSM heads are Mamba-2's."""
+    ssm = "mamba2" if pattern.endswith("2") else "mamba"
+    return SMALL | {"pattern": pattern.removesuffix("2"), "ssm": ssm} | options
+
+
+SHARES = {"1:3": dict(n_head=2, n_kv_head=1), "3:1": dict(n_head=6, n_kv_head=3)}  # attention : SSM
+MEETINGS = [{"fusion": fusion} for fusion in ("mean", "diff", "concat", "sum")]  # of attention and SSM heads
+MEETINGS += [{"branch_scale": False}, {"branch_norm": "none", "branch_scale": False, "fusion": "diff"}]
+MEETINGS += [{"branch_norm": "none"}, {"rope": False}]
+MEETINGS += [{"branch_norm": "group"}, {"branch_norm": "group", "branch_scale": False, "fusion": "concat"}]
+MEETINGS += [dict(fusion="concat", head_size=8, branch_norm="group", **share) for share in SHARES.values()]
+SYSTEMS = [(pattern, {}) for pattern in LETTERS + MIXED] + [("hH", options) for options in MEETINGS[1:]]
+SYSTEMS += [("hH2", dict(fusion="concat", head_size=8, **share)) for share in SHARES.values()]
+SYSTEMS += [(pattern, {"n_expert": 4, "n_expert_active": 2}) for pattern in ("HhT", "MTM2")]
 
 
 def small(pattern: str, seed: int = 0, **options) -> Hymba:
     """A small model whose weights are large enough that every part matters in its output."""
     torch.manual_seed(seed)
-    model = Hymba(HymbaConfig(**(SMALL | {"pattern": pattern} | options)))
+    model = Hymba(HymbaConfig(**sizes(pattern, **options)))
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if name.endswith(("proj.weight", "embed.weight", "meta")):
+            if name.endswith(("proj.weight", "_proj", "embed.weight", "meta")):
                 p.normal_(std=0.15)
             elif name.endswith("norm.weight"):
                 p.uniform_(0.5, 1.5)
@@ -135,6 +171,16 @@ def scan_inputs(B, T, D, N, seed, given=None) -> dict:
     return inputs | {k: v for k, v in options.items() if (given or {}).get(k, True)}
 
 
+def expert_inputs(n, C, hidden, X, k, seed) -> tuple[dict, torch.Tensor]:
+    """Inputs of mixture, and which experts each token has: one expert gets nothing where X > k."""
+    g = torch.Generator().manual_seed(seed)
+    r = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    inputs = {"x": r(n, C), "weight": r(n, k), "gate": r(X, hidden, C), "up": r(X, hidden, C), "down": r(X, C, hidden)}
+    scores = torch.rand(n, X, generator=g)
+    scores[:, 0] -= 2 * (X > k)
+    return inputs, scores.topk(k).indices
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Independent computations
 
@@ -150,6 +196,35 @@ def scan_loop(x, dt, A, B, C, D=None, z=None, dt_bias=None, state=None):
         y = y if D is None else y + D * x[:, t]
         ys.append(y if z is None else y * z[:, t] * torch.sigmoid(z[:, t]))
     return torch.stack(ys, 1), h
+
+
+def experts_loop(x, expert, weight, gate, up, down):
+    """Each token through each of its experts, one by one."""
+    rows = []
+    for t in range(len(x)):
+        row = torch.zeros_like(x[t])
+        for e, w in zip(expert[t].tolist(), weight[t], strict=True):
+            g = gate[e] @ x[t]
+            row = row + w * (down[e] @ (g * torch.sigmoid(g) * (up[e] @ x[t])))
+        rows.append(row)
+    return torch.stack(rows)
+
+
+def ssd_inputs(B, T, heads, P, N, seed) -> dict:
+    g = torch.Generator().manual_seed(seed)
+    r = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    inputs = {"x": r(B, T, heads, P), "dt": r(B, T, heads) - 1, "A": -torch.exp(r(heads)), "B": r(B, T, N)}
+    return inputs | {"C": r(B, T, N), "D": r(heads), "dt_bias": r(heads), "state": r(B, heads, P, N)}
+
+
+def ssd_loop(x, dt, A, B, C, D, dt_bias, state=None):
+    """Mamba-2 as the scan of Mamba: every channel a head of its own, with the dt and A of its head."""
+    P, N = x.shape[-1], B.shape[-1]
+    spread = lambda u: u.repeat_interleave(P, dim=-1)  # noqa: E731
+    state = None if state is None else state.flatten(1, 2)
+    A = spread(A)[:, None].expand(-1, N)
+    y, h = scan_loop(x.flatten(2), spread(dt), A, B, C, spread(D), None, spread(dt_bias), state)
+    return y.view(x.shape), h.unflatten(1, (-1, P))
 
 
 def dense_attention(q, k, v, window, n_meta):

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ops
-from model import Block, Hymba, HymbaConfig, Mixer, RMSNorm, fuse, rope_angles, swiglu, windowed_attention
+from model import Block, Experts, Hymba, HymbaConfig, Mixer, RMSNorm, fuse, rope_angles, swiglu, windowed_attention
 
 try:
     import engine_kernels  # one new token a row, on GPUs; optional
@@ -55,7 +55,8 @@ class Cache:
                 slots = c.n_meta + (c.window if letter in "th" else n_tokens)
                 self.kv[i] = tuple(new(slots, c.n_kv_head, size) for size in (c.head_size, c.value_size(letter)))
             if letter in "MHh":
-                self.ssm[i] = new(c.d_conv - 1, c.d_inner), new(c.d_inner, c.d_state, dtype=torch.float32)
+                tail, state = c.ssm_cache(letter)
+                self.ssm[i] = new(*tail), new(*state, dtype=torch.float32)
 
     @property
     def nbytes(self) -> int:
@@ -88,7 +89,7 @@ class BlockCache:
     """One block's part of a Cache: the same tensors, None where it has none. A block uses attend, ssm and keep."""
 
     kv: tuple[Tensor, Tensor] | None  # keys (B, slots, G, E) and values (B, slots, G, F), its own or its producer's
-    ssm: tuple[Tensor, Tensor] | None  # conv tail (B, K - 1, D) and state (B, D, N)
+    ssm: tuple[Tensor, Tensor] | None  # conv tail (B, K - 1, D) and state (B, D, N); of Mamba-2, see config.ssm_cache
     pos: Tensor
     longest: int
     ragged: bool
@@ -199,6 +200,8 @@ def step_block(block: Block, x: Tensor, rope: tuple[Tensor, Tensor], cache: Bloc
     x = step_linear(block.mixer.out_proj, y, add=x)
     if block.ffn is None:
         return x
+    if isinstance(block.ffn, Experts):
+        return x + block.ffn(block.ffn_norm(x))
     gate, up = block.ffn.gate_proj, block.ffn.up_proj
     if engine_kernels.fits_matvec(x):
         y = engine_kernels.matvec(x, gate.weight, up.weight, *scale_of(block.ffn_norm))

@@ -52,6 +52,9 @@ def check_keys(values, where: str, needs: dict, may: dict | None = None) -> None
             raise ValueError(f"{where}: {key}={brief(values[key])} must be {names}")
 
 
+INFINITY = {"__float__": "Infinity"}  # what transformers 5 writes for it, before: Infinity. No number where one must be
+
+
 def parse_json(text: str | bytes, where: str, needs: dict | None = None, may: dict | None = None) -> dict:
     """The object that a JSON text is, its keys checked (check_keys). Raises ValueError, naming `where` it stands."""
 
@@ -60,9 +63,12 @@ def parse_json(text: str | bytes, where: str, needs: dict | None = None, may: di
             raise ValueError(f"{number} is not a finite number")
         return value
 
+    def constant(name: str) -> dict | float:
+        return INFINITY if name == "Infinity" else finite(name)
+
     try:
         text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
-        values = json.loads(text, parse_float=finite, parse_constant=finite)
+        values = json.loads(text, parse_float=finite, parse_constant=constant)
     except RecursionError:
         raise ValueError(f"{where} is corrupt: it is nested too deeply") from None
     except ValueError as e:

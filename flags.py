@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from files import brief, of_type
+from hybrids import hybrid_pattern
 from model import HymbaConfig, check_fields
 
 
@@ -36,6 +37,7 @@ class TrainConfig:
     data_dir: str = "data"  # where data sets live
     dataset: str = "python"  # its folder there
     data_command: str = ""  # what makes the data set, for the error if it is not there
+    hybrid: str = ""  # makes --pattern: inter:1:5:spread, intra:1:5:scattered and the like (hybrids.py)
     # Data and schedule
     anneal_dataset: str = ""  # data annealing: this data set is mixed in while the rate decays (Hymba, Sec. 2.5)
     anneal_mix: float = 0.5  # its share of the sequences then
@@ -135,8 +137,15 @@ def parse(argv: list[str], description: str = "") -> tuple[TrainConfig, dict]:
         values.pop("pattern", None), values.pop("n_layer", None)
     if "dataset" in given:
         values.pop("data_command", None)
+    if "pattern" in given:
+        values.pop("hybrid", None)
     for name, value in given.items():
         values[name] = from_text(name, value)
+    if values.get("hybrid"):
+        if "pattern" in given:
+            raise UsageError("--hybrid makes the pattern: leave --pattern out, or --hybrid")
+        n_layer = values.get("n_layer") or len(values.get("pattern", "")) or HymbaConfig().n_layer
+        values["pattern"] = hybrid_pattern(values["hybrid"], n_layer)
     if values.get("resume") in (True, False, "False"):
         values["resume"] = "True" if values["resume"] is True else ""
     values["out_dir"] = values.get("out_dir") or f"out/{file.stem}"

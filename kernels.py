@@ -460,8 +460,8 @@ def scan_backward_kernel(
 
 
 def takes_state(A: Tensor) -> bool:
-    """Whether the scan's kernels were written for so many states, A (D, N)."""
-    return A.shape[1] <= 128
+    """Whether the scan's kernels were written for A: (D, N) with up to 128 states, not Mamba-2's (heads,)."""
+    return A.dim() == 2 and A.shape[1] <= 128
 
 
 def takes_scan(x: Tensor, dt: Tensor, A: Tensor, *rest, **options) -> bool:

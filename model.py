@@ -5,7 +5,7 @@ A model is a string with one letter for each block. The letter names the block's
 
     T  full causal attention (Llama)          H  hybrid heads: full attention and SSM heads side by side
     t  sliding-window attention               h  hybrid heads: sliding-window attention and SSM heads
-    M  SSM heads (Mamba)
+    M  SSM heads (Mamba, or with ssm="mamba2" Mamba-2)
 
 Small letters are windowed, and a window always sees the meta tokens, too. T and M blocks are just Llama's and Mamba's
 with n_meta = 0, and for Mamba n_hidden = 0.
@@ -21,7 +21,8 @@ Letters used for sizes throughout:
     B batch            C model width (n_embd)      H query heads          E query/key head size
     T tokens in call   D inner width (expand * C)  G key/value heads      F value head size
     S keys seen        N SSM state size            M meta tokens          W window
-    V vocabulary       K conv kernel               R dt rank
+    V vocabulary       K conv kernel               R dt rank              P channels of a Mamba-2 head
+    X experts          k experts of a token
 
 In shapes, a letter is always one of these sizes. In the scan, A, B, C and D are Mamba's tensors, too, and in a pattern,
 T, H and M are kinds of blocks.
@@ -92,17 +93,26 @@ class HymbaConfig:
     n_embd: int = 512  # width of the model
     n_head: int = 8  # query heads
     n_kv_head: int = 4  # grouped queries: n_head / n_kv_head query heads read each key/value head
+    head_size: int = 0  # of queries and keys; 0: n_embd / n_head. Given, n_head says how wide attention is
     n_hidden: int = 1664  # of the SwiGLU feed-forward; 0 leaves it out, as pure Mamba does
+    n_expert: int = 0  # mixture of experts: so many feed-forwards of n_hidden in each block; 0: one for all tokens
+    n_expert_active: int = 2  # experts that a token goes through
+    balance: float = 0.01  # weight of the loss that evens out how many tokens experts get
     d_state: int = 16  # numbers in the SSM's state for each inner channel
     d_conv: int = 4  # taps of the convolution before the SSM
     expand: int = 2  # inner channels of SSM heads for each channel of the model
+    ssm: str = "mamba"  # SSM heads: mamba (Hymba) or mamba2, whose d_state is usually 64 to 128
+    ssm_head: int = 64  # channels of a Mamba-2 head
     dt_rank: int = 0  # dt is made through a bottleneck this wide; 0: ceil(n_embd / 16)
     n_meta: int = 128  # learned tokens in front of every sequence
     window: int = 1024  # tokens a windowed query sees, itself included, meta tokens not counted
     pattern: str = ""  # empty: Hymba's, full attention in the first, middle and last block
     kv_share: bool = True  # neighbouring windowed blocks share keys and values
-    fusion: str = "mean"  # how hybrid heads meet: mean (Hymba), diff (attention - SSM) or concat
+    fusion: str = "mean"  # how hybrid heads meet: mean (Hymba), sum, diff (attention - SSM) or concat
+    branch_norm: str = "rms"  # of both kinds of heads before they meet: rms (Hymba), group (of each head) or none
+    branch_scale: bool = True  # this norm has a learned scale
     ssm_norm: bool = False  # RMSNorm on dt, B, C in M blocks, too; hybrid blocks always have it
+    rope: bool = True  # False: no position embedding (NoPE), order shows in masks and SSM heads alone
     rope_base: float = 10000.0  # of RoPE's wavelengths
     rope_orig: int = 0  # length the model was first trained on; a larger block_size stretches RoPE by NTK. 0: never
     rope_factor: float = 0.0  # 0: NTK; else Llama 3's stretch at any block_size: slow waves are slowed by this factor
@@ -112,9 +122,10 @@ class HymbaConfig:
     tied: bool = True  # the embedding is the output layer, too
 
     def __post_init__(self):
-        ranges = dict.fromkeys(["n_hidden", "rope_orig", "dt_rank"], (0, 2**24)) | {"n_layer": (0, 1000)}
+        ranges = dict.fromkeys(["n_hidden", "rope_orig", "dt_rank", "head_size"], (0, 2**24)) | {"n_layer": (0, 1000)}
         ranges |= dict.fromkeys(["expand", "d_conv"], (1, 1024)) | {"norm_eps": (1e-12, 1), "rope_base": (1, 1e12)}
         ranges |= {"n_meta": (0, 2**16), "window": (1, 2**20)}  # a cache has this many slots, used or not
+        ranges |= {"n_expert": (0, 4096), "balance": (0, 1e6)}
         check_fields(self, ranges | dict.fromkeys(["rope_factor", "rope_low", "rope_high"], (0, 1e12)))
         n = self.n_layer or len(self.pattern) or 24
         if n > 1000:
@@ -128,31 +139,46 @@ class HymbaConfig:
         for letter in self.pattern:
             if letter not in "TtMHh":
                 raise ValueError(f"pattern '{self.pattern[:60]}': unknown letter '{letter}'; use T, t, M, H or h")
+        for name, choices in {"fusion": FUSE, "branch_norm": ("rms", "group", "none"), "ssm": SSM}.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}='{getattr(self, name)[:60]}': use {', '.join(choices)}")
+        if self.n_expert and (self.n_expert_active > self.n_expert or not self.n_hidden):
+            raise ValueError(f"n_expert={self.n_expert} needs n_hidden, and to be n_expert_active or more")
+        letters, hybrid = set(self.pattern), set(self.pattern) & set("Hh")
+        if letters != {"M"}:  # attention heads must come out even
+            if self.n_head % self.n_kv_head:
+                raise ValueError(f"n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}")
+            if self.n_embd % (2 * self.n_head) and not self.head_size:
+                raise ValueError(f"n_embd={self.n_embd} is not a multiple of 2 * n_head={2 * self.n_head} (RoPE pairs)")
+            if self.head_size % 2:
+                raise ValueError(f"head_size={self.head_size} must be even (RoPE pairs)")
+        self.head_size = self.head_size or self.n_embd // self.n_head
+        width = self.n_head * self.head_size  # of attention heads, before values are widened
+        if hybrid and width != self.n_embd and (self.fusion != "concat" or width >= 2 * self.n_embd):
+            raise ValueError(f"n_head * head_size = {width}: give n_embd, or with fusion=concat less than twice that")
+        for letter in letters & set("MHh") if self.ssm == "mamba2" else ():
+            if self.d_inner(letter) % self.ssm_head:
+                raise ValueError(f"ssm_head={self.ssm_head} does not divide {self.d_inner(letter)} SSM channels")
+        if hybrid and self.branch_norm == "group" and self.d_inner("H") % self.value_size("H"):
+            raise ValueError(f"branch_norm=group needs a head_size that divides n_embd={self.n_embd}")
         if self.rope_orig and self.head_size == 2:
             raise ValueError("rope_orig needs heads of at least 4 channels: NTK's exponent is E / (E - 2)")
         if self.rope_factor and not (self.rope_orig and self.rope_low < self.rope_high):
             raise ValueError("rope_factor needs rope_orig, and rope_low less than rope_high")
-        if self.fusion not in FUSE:
-            raise ValueError(f"fusion='{self.fusion[:60]}': use {', '.join(FUSE)}")
-        if set(self.pattern) != {"M"}:  # attention heads must come out even
-            if self.n_head % self.n_kv_head:
-                raise ValueError(f"n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}")
-            if self.n_embd % (2 * self.n_head):
-                raise ValueError(f"n_embd={self.n_embd} is not a multiple of 2 * n_head={2 * self.n_head} (RoPE pairs)")
-
-    @property
-    def head_size(self) -> int:
-        """E, of queries and keys."""
-        return self.n_embd // self.n_head
-
-    @property
-    def d_inner(self) -> int:
-        """D, of the SSM heads."""
-        return self.expand * self.n_embd
 
     def value_size(self, letter: str) -> int:
-        """F: in hybrid blocks, attention heads give D channels as SSM heads do; else values are as wide as keys."""
-        return self.d_inner // self.n_head if letter in "Hh" else self.head_size
+        """F: hybrid blocks widen values as they widen SSM heads, so that both give D channels; else as wide as keys."""
+        return self.expand * self.head_size if letter in "Hh" else self.head_size
+
+    def d_inner(self, letter: str) -> int:
+        """D, of SSM heads. In hybrid blocks, they have what attention heads leave of 2 expand n_embd channels."""
+        attention = self.n_head * self.head_size if letter in "Hh" else self.n_embd
+        return self.expand * (2 * self.n_embd - attention)
+
+    def ssm_cache(self, letter: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of what a block's SSM heads keep of a sequence: the convolution's last inputs, and the state."""
+        D, N, P, K = self.d_inner(letter), self.d_state, self.ssm_head, self.d_conv
+        return ((K - 1, D), (D, N)) if self.ssm == "mamba" else ((K - 1, D + 2 * N), (D // P, P, N))
 
     @property
     def kv_owner(self) -> list[int | None]:
@@ -215,6 +241,27 @@ def selective_scan(
 
 
 @accelerated
+def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D, dt_bias, state=None) -> tuple[Tensor, Tensor]:
+    """Mamba-2's scan (Dao & Gu 2024, https://arxiv.org/abs/2405.21060, Sec. 6): one decay for all channels of a head.
+
+        dt = softplus(dt + dt_bias);  h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T;  y_t = h_t C_t + D x_t
+
+    x (B, T, heads, P); dt (B, T, heads); A (heads,) negative; B, C (B, T, N), the same for all heads; D, dt_bias
+    (heads,); state (B, heads, P, N), zeros if None. All is computed in float32. Returns y (B, T, heads, P) in x's dtype
+    and the last state.
+    """
+    u, dt, A, B, C = (float32(t) for t in (x, dt, A, B, C))
+    dt = F.softplus(dt + dt_bias)
+    h = u.new_zeros(*u[:, 0].shape, B.shape[-1]) if state is None else state.to(u.dtype)
+    ys = []
+    for t in range(x.shape[1]):
+        decay = torch.exp(dt[:, t] * A)[..., None, None]  # (B, heads, 1, 1)
+        h = decay * h + (dt[:, t, :, None] * u[:, t])[..., None] * B[:, t, None, None]  # (B, heads, P, N)
+        ys.append((h * C[:, t, None, None]).sum(-1))  # (B, heads, P)
+    return (torch.stack(ys, dim=1) + D[:, None] * u).to(x.dtype), h
+
+
+@accelerated
 def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, n_meta: int) -> Tensor:
     """Causal attention with grouped queries, inside a sliding window that always sees the meta tokens, too.
 
@@ -249,6 +296,20 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 @accelerated
+def mixture(x: Tensor, expert: Tensor, weight: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """sum over j < k of weight[:, j] * feed-forward number expert[:, j], for the k experts of each token.
+
+    x (n, C), expert and weight (n, k), gate and up (X, hidden, C), down (X, C, hidden) -> (n, C).
+    """
+    y = torch.zeros(x.shape, dtype=weight.dtype, device=x.device)
+    for e in range(len(gate)):
+        token, j = torch.where(expert == e)
+        out = F.linear(swiglu(F.linear(x[token], gate[e]), F.linear(x[token], up[e])), down[e])
+        y = y.index_add(0, token, weight[token, j, None] * out)
+    return y.to(x.dtype)
+
+
+@accelerated
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
     """Cross-entropy in nats of the logits x weight^T. Targets are negative where there is nothing to predict.
 
@@ -275,6 +336,7 @@ def rope_angles(config: HymbaConfig, pos: Tensor) -> tuple[Tensor, Tensor]:
     rope_factor, the slow waves alone are slowed, as in Llama 3.1 (rope_type "llama3" in its config.json).
     """
     c, E, base = config, config.head_size, config.rope_base
+    pos = pos if c.rope else 0 * pos  # without RoPE, nothing turns
     if 0 < c.rope_orig < c.block_size and not c.rope_factor:
         base *= (2 * c.block_size / c.rope_orig - 1) ** (E / (E - 2))
     freq = base ** (-torch.arange(0, E, 2, device=pos.device, dtype=torch.float32) / E)  # (E / 2,)
@@ -345,13 +407,14 @@ class MambaHeads(nn.Module):
 
     Every channel is a head of its own, with a state of N numbers and A = -exp(A_log).
 
-    With norm, dt, B and C are RMS-normalised. The cache of a block is asked for the convolution's last inputs and the
-    state, and to keep the new ones.
+    In hybrid blocks, dt, B and C are RMS-normalised. The cache of a block is asked for the convolution's last inputs
+    and the state, and to keep the new ones.
     """
 
-    def __init__(self, config: HymbaConfig, norm: bool):
+    def __init__(self, config: HymbaConfig, layer: int):
         super().__init__()
-        D, N, R, eps = config.d_inner, config.d_state, config.dt_rank, config.norm_eps
+        letter, N, R, eps = config.pattern[layer], config.d_state, config.dt_rank, config.norm_eps
+        D, norm = config.d_inner(letter), letter != "M" or config.ssm_norm
         self.sizes, self.dtBC_sizes, self.width = [D, D], [R, N, N], D
         self.conv_weight = nn.Parameter(torch.empty(D, config.d_conv))
         self.conv_bias = nn.Parameter(torch.zeros(D))
@@ -376,8 +439,43 @@ class MambaHeads(nn.Module):
         return y
 
 
-FUSE = {  # how normalised attention heads y and SSM heads s, both (B, T, D), meet
+class Mamba2Heads(nn.Module):
+    """SSM heads (Mamba-2, Sec. 7) without their outer projections: gate z, x, B, C and dt -> (B, T, D).
+
+    Heads of P channels with one A, dt and D each; B and C come straight from the input and pass the convolution, too.
+    The gated output is RMS-normalised. In hybrid blocks, the norm of the branch is that norm.
+    """
+
+    def __init__(self, config: HymbaConfig, layer: int):
+        super().__init__()
+        letter = config.pattern[layer]
+        D, N, self.P = config.d_inner(letter), config.d_state, config.ssm_head
+        heads = D // self.P
+        self.sizes, self.xBC_sizes, self.width = [D, D + 2 * N, heads], [D, N, N], D
+        self.conv_weight = nn.Parameter(torch.empty(D + 2 * N, config.d_conv))
+        self.conv_bias = nn.Parameter(torch.zeros(D + 2 * N))
+        self.dt_bias = nn.Parameter(torch.empty(heads))
+        self.A_log = nn.Parameter(torch.empty(heads))
+        self.D = nn.Parameter(torch.ones(heads))
+        self.norm = RMSNorm(D, config.norm_eps) if letter == "M" else nn.Identity()
+
+    def forward(self, zxBCdt, cache):
+        """zxBCdt (B, T, 2 D + 2 N + heads) -> (B, T, D)."""
+        z, xBC, dt = zxBCdt.split(self.sizes, dim=-1)
+        tail, state = (None, None) if cache is None else cache.ssm
+        xBC, tail = causal_conv(xBC, self.conv_weight, self.conv_bias, tail)
+        x, B, C = xBC.split(self.xBC_sizes, dim=-1)  # (B, T, D), (B, T, N), (B, T, N)
+        A = -torch.exp(float32(self.A_log))
+        y, state = ssd(x.unflatten(-1, (-1, self.P)), dt, A, B, C, self.D, self.dt_bias, state)
+        if cache is not None:
+            cache.keep(tail, state)
+        return self.norm(swiglu(z, y.flatten(2)))
+
+
+SSM = {"mamba": MambaHeads, "mamba2": Mamba2Heads}
+FUSE = {  # how attention heads y and SSM heads s, normalised and both (B, T, D), meet
     "mean": lambda y, s: 0.5 * y + 0.5 * s,
+    "sum": lambda y, s: y + s,
     "diff": lambda y, s: y - s,
     "concat": lambda y, s: torch.cat([y, s], dim=-1),
 }
@@ -385,8 +483,23 @@ FUSE = {  # how normalised attention heads y and SSM heads s, both (B, T, D), me
 
 @accelerated
 def fuse(y: Tensor, s: Tensor, y_norm: nn.Module, s_norm: nn.Module, fusion: str) -> Tensor:
-    """Both branches (B, T, D), normalised each with its own scale, as one."""
+    """Both branches (B, T, D), normalised each by its own norm, as one."""
     return FUSE[fusion](y_norm(y), s_norm(s))
+
+
+class BranchNorm(nn.Module):
+    """What a branch may have in place of RMSNorm: a norm of each head, or none, with a learned scale or without."""
+
+    def __init__(self, config: HymbaConfig, size: int):
+        super().__init__()
+        self.group = {"rms": size, "group": config.value_size("H"), "none": 0}[config.branch_norm]
+        self.weight = nn.Parameter(torch.ones(size)) if config.branch_scale else None
+        self.eps = config.norm_eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.group:
+            x = rms_norm(x.unflatten(-1, (-1, self.group)), x.new_ones(self.group), self.eps).flatten(-2)
+        return x if self.weight is None else (x * self.weight).to(x.dtype)
 
 
 class Mixer(nn.Module):
@@ -400,15 +513,16 @@ class Mixer(nn.Module):
 
     def __init__(self, config: HymbaConfig, layer: int):
         super().__init__()
-        letter, C, D, eps = config.pattern[layer], config.n_embd, config.d_inner, config.norm_eps
+        letter, C = config.pattern[layer], config.n_embd
         self.attn = AttentionHeads(config, layer) if letter != "M" else None
-        self.ssm = MambaHeads(config, norm=letter != "M" or config.ssm_norm) if letter in "MHh" else None
+        self.ssm = SSM[config.ssm](config, layer) if letter in "MHh" else None
         heads = [h for h in (self.attn, self.ssm) if h]
         if len(heads) == 2:
-            self.fusion = config.fusion
-            self.attn_branch_norm, self.ssm_branch_norm = RMSNorm(D, eps), RMSNorm(D, eps)
-        width = 2 * D if len(heads) == 2 and config.fusion == "concat" else heads[0].width
-        self.sizes = [sum(h.sizes) if h else 0 for h in (self.attn, self.ssm)]  # of in_proj's output: q, k, v and x, z
+            self.fusion, plain = config.fusion, config.branch_norm == "rms" and config.branch_scale
+            norms = (RMSNorm(h.width, config.norm_eps) if plain else BranchNorm(config, h.width) for h in heads)
+            self.attn_branch_norm, self.ssm_branch_norm = norms
+        width = sum(h.width for h in heads) if config.fusion == "concat" else heads[0].width
+        self.sizes = [sum(h.sizes) if h else 0 for h in (self.attn, self.ssm)]  # of in_proj's output
         self.in_proj = nn.Linear(C, sum(self.sizes), bias=False)
         self.out_proj = nn.Linear(width, C, bias=False)
 
@@ -436,6 +550,31 @@ class FeedForward(nn.Module):
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
+class Experts(nn.Module):
+    """Mixture of experts: X SwiGLU feed-forwards, of which each token goes through the k that its router scores best.
+
+    A softmax over these k scores weighs their outputs. Every token gets all of its k experts: none is dropped.
+    """
+
+    def __init__(self, config: HymbaConfig):
+        super().__init__()
+        X, C, hidden, self.k = config.n_expert, config.n_embd, config.n_hidden, config.n_expert_active
+        self.router_proj = nn.Linear(C, X, bias=False)
+        self.gate_proj, self.up_proj = (nn.Parameter(torch.empty(X, hidden, C)) for _ in range(2))
+        self.down_proj = nn.Parameter(torch.empty(X, C, hidden))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, C) -> (B, T, C). In training, self.load (X,) is each expert's share of all choices."""
+        u = x.flatten(0, 1)  # (n, C)
+        with torch.autocast(x.device.type, enabled=False):  # float32: rounding would change who is best
+            scores = F.linear(float32(u), float32(self.router_proj.weight))  # (n, X)
+        best, expert = scores.topk(self.k)  # (n, k)
+        if torch.is_grad_enabled():  # Switch Transformer (https://arxiv.org/abs/2101.03961), Eq. 4
+            self.load = torch.zeros_like(scores).scatter(1, expert, 1 / self.k).mean(0)
+            self.balance = len(self.load) * (self.load * scores.softmax(-1).mean(0)).sum()  # 1 where all get as many
+        return mixture(u, expert, best.softmax(-1), self.gate_proj, self.up_proj, self.down_proj).view_as(x)
+
+
 class Block(nn.Module):
     """Pre-norm residual block: a token mixer, then the feed-forward unless n_hidden is 0."""
 
@@ -444,13 +583,13 @@ class Block(nn.Module):
         self.mixer_norm = RMSNorm(config.n_embd, config.norm_eps)
         self.mixer = Mixer(config, layer)
         self.ffn_norm = RMSNorm(config.n_embd, config.norm_eps) if config.n_hidden else None
-        self.ffn = FeedForward(config) if config.n_hidden else None
+        self.ffn = (Experts if config.n_expert else FeedForward)(config) if config.n_hidden else None
 
     def forward(self, x, rope, kv=None, cache=None):
         """x (B, T, C), its rotations (from rope_angles), kv of the block before, and this block's part of a cache.
 
         Only engine.py passes a cache. A block uses three things of it: attend(q, kv, heads) -> (y, kv), ssm, which is
-        the convolution's tail (B, K - 1, D) and the state (B, D, N), and keep(tail, state).
+        the convolution's tail and the state (config.ssm_cache), and keep(tail, state).
 
         Returns x (B, T, C) and the kv that the next block may share.
         """
@@ -490,12 +629,15 @@ class Hymba(nn.Module):
           equal gradients in an attention branch and stay nearly equal).
         - SSM (Mamba, Sec. 3.6): A = -(1 ... N) in every channel; the dt bias so that steps softplus(bias) spread
           log-uniformly over [1e-3, 1e-1], which gives channels memories of about 10 to 1000 tokens; dt_proj uniform
-          within R^-1/2, so that dt varies around its bias on the scale of its input.
+          within R^-1/2, so that dt varies around its bias on the scale of its input. Mamba-2: -A of a head is uniform
+          in [1, 16].
         - Convolutions: uniform within K^-1/2, as PyTorch has it.
         """
         c = self.config
         for name, p in self.named_parameters():
-            if name.endswith("A_log"):
+            if name.endswith("A_log") and c.ssm == "mamba2":
+                p.uniform_(1, 16).log_()
+            elif name.endswith("A_log"):
                 p.copy_(torch.arange(1, c.d_state + 1, dtype=torch.float32, device=p.device).log().expand_as(p))
             elif name.endswith("dt_bias"):
                 dt = torch.exp(torch.rand_like(p) * math.log(100) + math.log(1e-3))
@@ -504,9 +646,9 @@ class Hymba(nn.Module):
                 p.uniform_(-(c.dt_rank**-0.5), c.dt_rank**-0.5)
             elif name.endswith("conv_weight"):
                 p.uniform_(-(c.d_conv**-0.5), c.d_conv**-0.5)
-            elif name.endswith(("out_proj.weight", "down_proj.weight")):
+            elif name.endswith(("out_proj.weight", "down_proj.weight", "down_proj")):
                 p.normal_(std=0.02 / math.sqrt(2 * c.n_layer))
-            elif p.dim() == 2:
+            elif p.dim() > 1:
                 p.normal_(std=0.02)
 
     @property
@@ -535,7 +677,13 @@ class Hymba(nn.Module):
         targets[:, t] is the token after idx[:, t], negative where there is nothing to predict.
         """
         x = self.hidden(idx)
-        return F.linear(x, self.output) if targets is None else linear_cross_entropy(x, self.output, targets)
+        if targets is None:
+            return F.linear(x, self.output)
+        loss = linear_cross_entropy(x, self.output, targets)
+        for ffn in [block.ffn for block in self.blocks] if self.config.n_expert and loss.requires_grad else ():
+            balance, ffn.balance = ffn.balance, ffn.balance.detach()
+            loss = loss + self.config.balance * (balance - ffn.balance)  # + 0: of balance, only the gradient counts
+        return loss
 
     @torch.no_grad()
     def generate(self, prompt: list[int], n: int, temperature: float = 1.0) -> Iterator[int]:

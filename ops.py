@@ -15,9 +15,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 try:
     import kernels  # Triton kernels, for GPUs; optional
+    import ssd_kernels
 except ImportError as e:
     kernels = None
     if torch.cuda.is_available():
@@ -47,7 +49,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Selective scan
+# Scans of SSM heads
+
+SSD_CHUNK = 64  # tokens of a chunk of Mamba-2
 
 
 class _Recurrence(torch.autograd.Function):
@@ -127,6 +131,46 @@ def selective_scan(
         return (y if z is None else y * F.silu(z.to(dtype))).to(x.dtype), h.mT
 
 
+def _ssd_by_chunks(x, dt, A, B, C, h):
+    """y (B, T, heads, P) without the skip, and the last h. dt is after softplus, h (B, heads, P, N) the state before.
+
+    With s_t = sum of dt A from the chunk's begin to t, and u = dt x:
+
+        y_i = sum_{j <= i} exp(s_i - s_j) (C_i . B_j) u_j + exp(s_i) h C_i
+        h'  = exp(s_last) h + sum_j exp(s_last - s_j) u_j B_j^T
+
+    No exponent is ever positive, so nothing overflows.
+    """
+    T, Q = x.shape[1], min(x.shape[1], SSD_CHUNK)
+    padded = (F.pad(t, (0, 0) * (t.dim() - 2) + (0, -T % Q)) for t in (dt[..., None] * x, dt * A, B, C))
+    u, s, B, C = (t.unflatten(1, (-1, Q)) for t in padded)  # (B, chunks, Q, ...); where dt = 0, h stands still
+    u, s = u.transpose(2, 3), s.transpose(2, 3).cumsum(-1)  # (B, chunks, heads, Q, P), (B, chunks, heads, Q)
+    B, C, s_last = B[:, :, None], C[:, :, None], s[..., -1:]  # (B, chunks, 1, Q, N)
+    later = torch.ones(Q, Q, dtype=torch.bool, device=x.device).triu(1)
+    decay = (s[..., None] - s[..., None, :]).masked_fill(later, -torch.inf).exp()  # (B, chunks, heads, Q, Q)
+    y = (decay * (C @ B.mT)) @ u
+    adds = ((s_last - s).exp()[..., None] * u).mT @ B  # (B, chunks, heads, P, N)
+    before = []
+    for decay, add in zip(s_last.exp()[..., None].unbind(1), adds.unbind(1), strict=True):
+        before.append(h)
+        h = decay * h + add
+    y = y + s.exp()[..., None] * (C @ torch.stack(before, 1).mT)
+    return y.transpose(2, 3).flatten(1, 2)[:, :T], h
+
+
+def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D, dt_bias, state=None) -> tuple[Tensor, Tensor]:
+    """In float32 (float64 for float64 inputs), by matrix products. The backward pass does the forward pass again, so
+    that nothing of size T x SSD_CHUNK is kept."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        u, dt, A, B, C = (t.to(dtype) for t in (x, dt, A, B, C))
+        h = u.new_zeros(*x[:, 0].shape, B.shape[-1]) if state is None else state.to(dtype)
+        inputs = u, F.softplus(dt + dt_bias.to(dtype)), A, B, C, h
+        again = dict(use_reentrant=False, preserve_rng_state=False)
+        y, h = checkpoint(_ssd_by_chunks, *inputs, **again) if torch.is_grad_enabled() else _ssd_by_chunks(*inputs)
+        return (y + D.to(dtype)[:, None] * u).to(x.dtype), h
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Attention
 
@@ -149,6 +193,52 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, n_me
         o = F.scaled_dot_product_attention(q[:, :, i : i + step], k[:, :, seen], v[:, :, seen], mask, enable_gqa=True)
         out.append(o)
     return torch.cat(out, dim=2).transpose(1, 2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Mixture of experts
+
+
+class _Permutation(torch.autograd.Function):
+    """x[order]. The gradient is a gather, too: autograd's own would add up rows, in an order that is left to chance."""
+
+    @staticmethod
+    def forward(ctx, x, order, inverse):
+        ctx.save_for_backward(inverse)
+        return x[order]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        return dy[ctx.saved_tensors[0]], None, None
+
+
+def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Rows of x (n, a) in groups, each times its group's matrix: weight (X, b, a) -> (n, b). Group g ends before row
+    ends[g]. In bfloat16, one call of torch's grouped product, where this torch has it and rows come in 16 bytes."""
+    dtype = compute_dtype(x)
+    fits = hasattr(F, "grouped_mm") and dtype == torch.bfloat16 and all(n % 8 == 0 for n in weight.shape[1:])
+    if x.is_cuda:  # on other GPUs than Hopper and the first Blackwells, that call waits for the device
+        fits = fits and kernels is not None and 90 <= kernels.capability(x.device.index) < 110
+    if fits:
+        return F.grouped_mm(x.to(dtype), weight.to(dtype).mT, offs=ends)
+    if x.is_cuda or torch.compiler.is_compiling():  # all rows times all matrices: the host shall not wait for ends
+        group = torch.searchsorted(ends, torch.arange(len(x), device=x.device), right=True)[:, None]
+        return sum(F.linear(x, w).where(group == g, 0) for g, w in enumerate(weight))
+    rows = x.tensor_split(ends[:-1].tolist())
+    return torch.cat([F.linear(u, w) for u, w in zip(rows, weight, strict=True)])
+
+
+def mixture(x: Tensor, expert: Tensor, weight: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Pairs of a token and an expert are sorted by expert, so that each expert gets its rows in one product."""
+    X, k = len(gate), expert.shape[1]
+    expert, order = expert.flatten().sort(stable=True)  # (n k,)
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
+    ends = torch.searchsorted(expert, torch.arange(X, device=x.device), right=True, out_int32=True)  # (X,)
+    u = _Permutation.apply(x.repeat_interleave(k, dim=0), order, inverse)  # (n k, C)
+    u = F.silu(grouped_linear(u, gate, ends)) * grouped_linear(u, up, ends)  # (n k, hidden)
+    u = _Permutation.apply(grouped_linear(u, down, ends), inverse, order).unflatten(0, (-1, k))  # (n, k, C)
+    return (u * weight[..., None]).sum(1).to(x.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -296,7 +386,8 @@ def steps_by_kernels(block: nn.Module, x: Tensor) -> bool:
     )
 
 
-BRANCH_WEIGHTS = {"mean": (0.5, 0.5), "diff": (1.0, -1.0)}  # what attention and SSM heads count in their sum
+# What attention and SSM heads count in their sum
+BRANCH_WEIGHTS = {"mean": (0.5, 0.5), "sum": (1.0, 1.0), "diff": (1.0, -1.0)}
 
 
 def fuse(y: Tensor, s: Tensor, y_norm: nn.Module, s_norm: nn.Module, fusion: str) -> Tensor:
@@ -305,14 +396,17 @@ def fuse(y: Tensor, s: Tensor, y_norm: nn.Module, s_norm: nn.Module, fusion: str
 
 def takes_fuse(y: Tensor, s: Tensor, y_norm: nn.Module, s_norm: nn.Module, fusion: str) -> bool:
     eps = {getattr(norm, "eps", None) for norm in (y_norm, s_norm)}
-    alike = len(eps) == 1 and None not in eps  # the kernel knows RMSNorm, with one eps
+    grouped = any(hasattr(norm, "group") for norm in (y_norm, s_norm))
+    alike = len(eps) == 1 and None not in eps and not grouped  # the kernel knows RMSNorm, with one eps
     return fusion in BRANCH_WEIGHTS and in_inference(y) and alike and untouched(y_norm, s_norm)
 
 
 PLAIN = {
     "rms_norm": rms_norm,
     "selective_scan": selective_scan,
+    "ssd": ssd,
     "windowed_attention": windowed_attention,
+    "mixture": mixture,
     "cross_entropy": cross_entropy,
     "linear_cross_entropy": linear_cross_entropy,
     "rope_table": rope_table,
@@ -321,6 +415,7 @@ ALL_KERNELS = {}  # by the name of the definition: the kernel, and a function of
 if kernels:
     ALL_KERNELS = {
         "selective_scan": (kernels.selective_scan, kernels.takes_scan),
+        "ssd": (ssd_kernels.ssd, ssd_kernels.takes_ssd),
         "windowed_attention": (kernels.windowed_attention, kernels.takes_attention),
         "causal_conv": (kernels.causal_conv, kernels.takes_conv),
         "cross_entropy": (kernels.cross_entropy, kernels.usable),

@@ -89,7 +89,7 @@ def metrics_so_far(run: "Run") -> list[str]:
 
 # Flags that may differ from the checkpoint's: they do not change what is computed
 QUIET = {"resume", "overwrite", "out_dir", "data_dir", "dataset", "data_command", "device", "kernels", "threads"}
-QUIET |= {"prompt", "sample_tokens", "log_interval"}
+QUIET |= {"prompt", "sample_tokens", "log_interval", "hybrid"}
 LATER = {"max_steps", "eval_interval"}  # change the steps to come
 
 

@@ -5,6 +5,7 @@ a float64 loop, a dense mask, a count by hand, or the papers' figures.
 The definition of an operation is its __wrapped__; what runs in its place is tested in tests/test_ops.py.
 """
 
+import functools
 import math
 import shutil
 import subprocess
@@ -22,16 +23,22 @@ import model as model_module
 import train
 from conftest import (
     LETTERS,
+    MEETINGS,
     MIXED,
-    SMALL,
+    SYSTEMS,
     compare_with_grads,
     cross_entropy_inputs,
     dense_attention,
     error,
+    expert_inputs,
+    experts_loop,
     plain_cross_entropy,
     scan_inputs,
     scan_loop,
+    sizes,
     small,
+    ssd_inputs,
+    ssd_loop,
     tokens,
 )
 from engine import Engine
@@ -59,16 +66,6 @@ def test_check_figures():
     assert model.config.kv_owner == [0, *groups[0], 15, *groups[1], 31]
 
 
-def test_baseline_configs_match_in_parameters():
-    counts = {}
-    for name in ("hymba", "llama", "mamba", "swa", "inter"):
-        _, args = train.parse([str(ROOT / f"config/{name}_125m.py")])
-        with torch.device("meta"):
-            counts[name] = Hymba(HymbaConfig(**args, vocab_size=32000)).num_params()
-    assert all(abs(n / counts["hymba"] - 1) < 0.02 for n in counts.values()), counts
-    assert all(train.parse([str(f)]) for f in (ROOT / "config").glob("*.py"))
-
-
 @pytest.mark.parametrize(
     "args, message",
     [
@@ -76,7 +73,13 @@ def test_baseline_configs_match_in_parameters():
         ({"pattern": "HhH", "n_layer": 4}, "has 3 letters but n_layer=4"),
         ({"n_head": 8, "n_kv_head": 3}, "n_head=8 is not a multiple of n_kv_head=3"),
         ({"n_embd": 100, "n_head": 8}, "n_embd=100 is not a multiple of 2 * n_head=16"),
-        ({"fusion": "sum"}, "use mean, diff, concat"),
+        ({"fusion": "max"}, "use mean, sum, diff, concat"),
+        ({"branch_norm": "layer"}, "branch_norm='layer': use rms, group, none"),
+        ({"n_head": 4, "head_size": 64}, "n_head * head_size = 256: give n_embd, or with fusion=concat less"),
+        ({"n_head": 16, "head_size": 64, "fusion": "concat"}, "n_head * head_size = 1024: give n_embd, or with fusion"),
+        ({"head_size": 63}, "head_size=63 must be even"),
+        ({"ssm": "s4"}, "ssm='s4': use mamba, mamba2"),
+        ({"ssm": "mamba2", "ssm_head": 48}, "ssm_head=48 does not divide 1024 SSM channels"),
         ({"window": 0}, "window=0: must be 1 or more"),
         ({"n_meta": -1}, "n_meta=-1: must be 0 or more"),
         ({"rope_factor": 8.0}, "rope_factor needs rope_orig, and rope_low less than rope_high"),
@@ -109,6 +112,19 @@ def test_scan_works_in_float32_and_gives_what_it_got():
     expected, last = scan_loop(**{k: v.double() for k, v in inputs.items()})
     assert y.dtype == torch.bfloat16 and h.dtype == torch.float32
     assert error(y, expected) < 1e-2 and error(h, last) < 1e-5
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    shape=st.tuples(*(st.integers(1, n) for n in (3, 12, 4, 5, 9))),
+    state=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_ssd_is_the_recurrence(shape, state, seed):
+    inputs = ssd_inputs(*shape, seed)
+    inputs = inputs if state else {k: v for k, v in inputs.items() if k != "state"}
+    forward, backward = compare_with_grads(model_module.ssd.__wrapped__, ssd_loop, inputs)
+    assert forward < 1e-5 and backward < 1e-4
 
 
 @settings(max_examples=15, deadline=None)
@@ -151,6 +167,14 @@ def test_linear_cross_entropy_is_a_linear_layer_and_cross_entropy(n, V):
     assert loss(**inputs, targets=torch.full((n,), -1)).isnan()  # as in F.cross_entropy
 
 
+@pytest.mark.parametrize("n, C, hidden, X, k", [(1, 4, 8, 3, 1), (40, 16, 24, 5, 2), (9, 3, 5, 2, 2), (7, 8, 4, 6, 6)])
+def test_mixture_is_a_loop_over_tokens(n, C, hidden, X, k):
+    inputs, expert = expert_inputs(n, C, hidden, X, k, seed=n)
+    fs = (functools.partial(f, expert=expert) for f in (model_module.mixture.__wrapped__, experts_loop))
+    forward, backward = compare_with_grads(*fs, inputs)
+    assert forward < 1e-5 and backward < 1e-4
+
+
 @pytest.mark.parametrize("pattern", MIXED)
 def test_the_model_that_runs_is_the_one_that_is_read(pattern, monkeypatch):
     """Logits, loss and gradients with ops.py and without."""
@@ -166,22 +190,24 @@ def test_the_model_that_runs_is_the_one_that_is_read(pattern, monkeypatch):
 # The model
 
 
-@pytest.mark.parametrize("fusion", ["mean", "diff", "concat"])
+@pytest.mark.parametrize("options", MEETINGS, ids=str)
 @pytest.mark.parametrize("letter", ["H", "h"])
 @pytest.mark.parametrize("runs", ["definitions", "ops"])
-def test_hybrid_heads_against_a_plain_forward(runs, letter, fusion, monkeypatch):
+def test_hybrid_heads_against_a_plain_forward(runs, letter, options, monkeypatch):
     """A block's mixer in float64, from the released format's words: row order, norms, RoPE, mask, gate, fusion."""
     if runs == "definitions":
         monkeypatch.setattr(model_module, "ops", None)
-    model = small(letter, fusion=fusion).double()
+    model = small(letter, **options).double()
     m, M, x = model.blocks[0].mixer, 5, torch.randn(2, 30, 32, dtype=torch.float64)
     with torch.no_grad():
         y, _ = m(x, model_module.rope_angles(model.config, torch.arange(30)[None]), None, None)
     w = {name.removeprefix("ssm."): p.detach() for name, p in m.named_parameters()}
     rms = lambda u, scale: u / (u.square().mean(-1, keepdim=True) + 1e-6).sqrt() * scale  # noqa: E731
-    u = x @ w["in_proj.weight"].T
-    q, k, v, s, z = u[..., :32], u[..., 32:48], u[..., 48:80], u[..., 80:144], u[..., 144:]
+    H, G = model.config.n_head, model.config.n_kv_head
+    D = 128 - 16 * H  # what attention heads leave of 2 x 64 channels
+    q, k, v, s, z = (x @ w["in_proj.weight"].T).split([8 * H, 8 * G, 16 * G, D, D], -1)
     angle = torch.arange(30.0).double()[:, None] * 10000.0 ** (-torch.arange(4).double() / 4)
+    angle = angle if options.get("rope", True) else torch.zeros_like(angle)
     turn = torch.polar(torch.ones_like(angle), angle)[None, :, None]  # channel i and i + E / 2 as one complex number
 
     def rotate(u, heads):
@@ -189,15 +215,46 @@ def test_hybrid_heads_against_a_plain_forward(runs, letter, fusion, monkeypatch)
         return torch.cat([u.real, u.imag], -1)
 
     window = model.config.window if letter == "h" else None
-    attn = dense_attention(rotate(q, 4), rotate(k, 2), v.reshape(2, 30, 2, 16), window, M).reshape(2, 30, 64)
-    s = F.silu(F.conv1d(F.pad(s.mT, (3, 0)), w["conv_weight"][:, None], w["conv_bias"], groups=64)).mT
+    attn = dense_attention(rotate(q, H), rotate(k, G), v.reshape(2, 30, G, 16), window, M).reshape(2, 30, 16 * H)
+    s = F.silu(F.conv1d(F.pad(s.mT, (3, 0)), w["conv_weight"][:, None], w["conv_bias"], groups=D)).mT
     p = s @ w["x_proj.weight"].T
     dt = rms(p[..., :2], w["dt_norm.weight"]) @ w["dt_proj.weight"].T
     B, C = rms(p[..., 2:6], w["B_norm.weight"]), rms(p[..., 6:], w["C_norm.weight"])
     ssm, _ = scan_loop(s, dt, -w["A_log"].exp(), B, C, w["D"], z, w["dt_bias"])
-    a, b = rms(attn, w["attn_branch_norm.weight"]), rms(ssm, w["ssm_branch_norm.weight"])
-    fused = {"mean": (a + b) / 2, "diff": a - b, "concat": torch.cat([a, b], -1)}[fusion]
+    norm, branches = options.get("branch_norm", "rms"), []
+    for u, name in ((attn, "attn_branch_norm.weight"), (ssm, "ssm_branch_norm.weight")):
+        assert (name in w) == options.get("branch_scale", True)
+        if norm == "group":
+            u = torch.cat([rms(head, 1) for head in u.split(16, -1)], -1)
+        branches.append((rms(u, 1) if norm == "rms" else u) * w.get(name, 1))
+    fusion, signs = options.get("fusion", "mean"), {"mean": (0.5, 0.5), "diff": (1, -1), "sum": (1, 1)}
+    if fusion == "concat":
+        fused = torch.cat(branches, -1)
+    else:
+        fused = sum(k * u for k, u in zip(signs[fusion], branches, strict=True))
     assert error(y, fused @ w["out_proj.weight"].T) < 1e-5  # RoPE, norms and A are float32
+
+
+@pytest.mark.parametrize("letter", ["M", "H"])
+def test_mamba2_heads_against_a_plain_forward(letter):
+    """In float64, from the paper's words: order of rows, the convolution over x, B and C, gate, then norm."""
+    model = small(letter + "2").double()
+    m, x = model.blocks[0].mixer, torch.randn(2, 30, 32, dtype=torch.float64)
+    w = {name: p.detach() for name, p in m.ssm.named_parameters()}
+    rows = m.in_proj.weight.detach()[-(2 * 64 + 2 * 4 + 4) :]
+    z, xBC, dt = (x @ rows.T).split([64, 64 + 2 * 4, 4], -1)
+    xBC = F.silu(F.conv1d(F.pad(xBC.mT, (3, 0)), w["conv_weight"][:, None], w["conv_bias"], groups=72)).mT
+    s, B, C = xBC.split([64, 4, 4], -1)
+    y, _ = ssd_loop(s.reshape(2, 30, 4, 16), dt, -w["A_log"].exp(), B, C, w["D"], w["dt_bias"])
+    y = y.flatten(2) * F.silu(z)
+    rms = lambda u, scale: u / (u.square().mean(-1, keepdim=True) + 1e-6).sqrt() * scale  # noqa: E731
+    with torch.no_grad():
+        mine = m.ssm(F.linear(x, rows), None)
+        if letter == "M":
+            assert error(m(x, None, None, None)[0], rms(y, w["norm.weight"]) @ m.out_proj.weight.T) < 1e-6
+        else:  # the norm is the branch's
+            assert error(mine, y) < 1e-6 and "norm.weight" not in w
+            assert error(m.ssm_branch_norm(mine), rms(y, m.ssm_branch_norm.weight)) < 1e-6
 
 
 def test_kv_sharing():
@@ -222,12 +279,9 @@ def test_kv_sharing():
     assert error(model(idx), before) > 1e-3
 
 
-@pytest.mark.parametrize("fusion", ["mean", "diff", "concat"])
-@pytest.mark.parametrize("pattern", LETTERS + MIXED)
-def test_causality(pattern, fusion):
-    if fusion != "mean" and not set(pattern) & set("Hh"):
-        pytest.skip("fusion concerns hybrid blocks alone")
-    model = small(pattern, fusion=fusion)
+@pytest.mark.parametrize("pattern, options", SYSTEMS, ids=str)
+def test_causality(pattern, options):
+    model = small(pattern, **options)
     idx = tokens(2, 30)
     changed = idx.clone()
     changed[:, 17] = (changed[:, 17] + 1) % 61
@@ -257,9 +311,10 @@ def test_rope_stretch():
                  torch.tensor([math.cos(3 * 10000 ** (-2 / 64))])) < 1e-5  # fmt: skip
 
 
-def test_compile_computes_sines_once():
+@pytest.mark.parametrize("n_expert", [0, 4])
+def test_compile_computes_sines_once(n_expert):
     """torch.compile takes the model whole, and sees one table of sines that it cannot repeat in every block."""
-    model, graphs = small("tTt"), []
+    model, graphs = small("tTt", n_expert=n_expert), []
     compiled = torch.compile(model, fullgraph=True, backend=lambda graph, _: (graphs.append(graph), graph)[1])
     idx = tokens(2, 30)
     a, b = (torch.autograd.grad(m(idx, idx), list(model.parameters())) for m in (model, compiled))
@@ -281,6 +336,31 @@ def test_loss():
     (2 * model(idx, targets)).backward()
     assert abs(loss.item() - expected.item()) < 1e-5
     assert max(error(p.grad, g) for p, g in zip(model.parameters(), theirs, strict=True)) < 1e-4
+
+
+def test_experts():
+    """Router, weights, balance and its gradient, from the papers' words, in float64."""
+    model, idx = small("TM", n_expert=5, n_expert_active=2, balance=0.7, n_meta=0), tokens(2, 30)
+    model, seen = model.double(), []
+    for block in model.blocks:
+        block.ffn.register_forward_hook(lambda ffn, args, y: seen.append((ffn, args[0], y)))
+    loss, balance = model(idx, idx), 0
+    assert not any(ffn.balance.requires_grad for ffn, _, _ in seen)  # no graph stays in the model
+    for ffn, x, y in seen:
+        x = x.flatten(0, 1)
+        p = (x @ ffn.router_proj.weight.T).softmax(-1)
+        top = p.sort(descending=True)
+        expert, weight = top.indices[:, :2], top.values[:, :2] / top.values[:, :2].sum(-1, keepdim=True)
+        assert error(y.flatten(0, 1), experts_loop(x, expert, weight, ffn.gate_proj, ffn.up_proj, ffn.down_proj)) < 1e-6
+        share = torch.bincount(expert.flatten(), minlength=5) / 120
+        assert torch.allclose(ffn.load.double(), share.double()) and share.min() < 0.8 / 5
+        balance = balance + 5 * (share * p.mean(0)).sum()
+        assert abs(ffn.balance - 5 * (share * p.mean(0)).sum()) < 1e-6
+    plain = F.cross_entropy(model(idx).flatten(0, 1), idx.flatten())
+    assert abs(loss - plain) < 1e-6  # what is reported is the cross-entropy alone
+    weights = list(model.parameters())
+    mine, theirs = (torch.autograd.grad(u, weights, retain_graph=True) for u in (loss, plain + 0.7 * balance))
+    assert max(error(a, b) for a, b in zip(mine, theirs, strict=True)) < 1e-5
 
 
 def test_autocast():
@@ -315,7 +395,7 @@ def test_untied_output_layer():
 @pytest.mark.parametrize("pattern", LETTERS + ["hH"])
 def test_overfits_a_batch(pattern):
     torch.manual_seed(0)
-    model = Hymba(HymbaConfig(**(SMALL | {"pattern": pattern})))
+    model = Hymba(HymbaConfig(**sizes(pattern)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0)
     idx = tokens(2, 17)
     for _ in range(120):
@@ -336,6 +416,8 @@ def test_initialisation():
     assert torch.allclose(ssm.A_log.exp(), torch.arange(1.0, 17.0).expand(512, 16))
     assert abs(mixer.out_proj.weight.std() - 0.02 / math.sqrt(8)) < 1e-3 and abs(model.meta.std() - 0.02) < 1e-3
     assert abs(model(tokens(2, 64, vocab=512), tokens(2, 64, vocab=512, seed=3)).item() - math.log(512)) < 0.3
+    A = Hymba(HymbaConfig(n_embd=256, n_head=4, pattern="h", ssm="mamba2", ssm_head=1)).blocks[0].mixer.ssm.A_log.exp()
+    assert 1 <= A.min() < 1.5 and 15.5 < A.max() <= 16 and abs(A.mean() - 8.5) < 0.7
 
 
 # ----------------------------------------------------------------------------------------------------------------------

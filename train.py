@@ -43,7 +43,7 @@ import prepare
 import sample
 from files import brief, memory, naming
 from flags import TrainConfig, parse, run
-from model import AttentionHeads, Hymba, HymbaConfig, MambaHeads, rope_angles
+from model import SSM, AttentionHeads, Hymba, HymbaConfig, rope_angles
 from run_folder import check_folder, metrics_so_far, recorded, resume, run_folder, take_over
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -97,8 +97,9 @@ def optimizer_for(model: Hymba, cfg: TrainConfig) -> torch.optim.AdamW:
     meta tokens: a rare token's row would shrink at every step and grow only when it is seen, and small rows make the
     first norm's gradients large.
     """
-    decay = [p for name, p in model.named_parameters() if name.endswith("proj.weight")]
-    rest = [p for name, p in model.named_parameters() if not name.endswith("proj.weight")]
+    named, matrices = list(model.named_parameters()), ("proj.weight", "_proj")  # the latter: of experts
+    decay = [p for name, p in named if name.endswith(matrices)]
+    rest = [p for name, p in named if not name.endswith(matrices)]
     groups = [{"params": decay, "weight_decay": cfg.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     fused = next(model.parameters()).is_cuda
     return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=fused)
@@ -153,9 +154,9 @@ def compile_kernels(config: HymbaConfig, n: int, T: int, device: torch.device) -
     """Have threads compile the kernels of a forward and backward pass of n sequences of T tokens, while the model is
     made: each kind of heads runs once, with anything for weights."""
 
-    def once(kind: type, args: tuple, rest: tuple) -> None:
+    def once(kind: type, layer: int, rest: tuple) -> None:
         with torch.device("meta"):  # draws nothing from the generator that the model's weights come from
-            heads = kind(config, *args).to_empty(device=device)
+            heads = kind(config, layer).to_empty(device=device)
         x = torch.zeros(n, config.n_meta + T, sum(heads.sizes), device=device, requires_grad=True)
         with torch.autocast("cuda", torch.bfloat16):
             out = heads(x.bfloat16(), *rest)
@@ -164,11 +165,11 @@ def compile_kernels(config: HymbaConfig, n: int, T: int, device: torch.device) -
     jobs, pool = {}, ThreadPoolExecutor()
     rope = rope_angles(config, torch.arange(config.n_meta + T, device=device)[None])
     for layer, letter in enumerate(config.pattern):
-        norm, size = letter != "M" or config.ssm_norm, config.value_size(letter)
-        if letter in "MHh" and ("ssm", norm) not in jobs:
-            jobs["ssm", norm] = pool.submit(once, MambaHeads, (norm,), (None,))
+        alone, size = letter == "M", config.value_size(letter)
+        if letter in "MHh" and ("ssm", alone) not in jobs:
+            jobs["ssm", alone] = pool.submit(once, SSM[config.ssm], layer, (None,))
         if letter != "M" and ("attention", size) not in jobs:
-            jobs["attention", size] = pool.submit(once, AttentionHeads, (layer,), (rope, None, None))
+            jobs["attention", size] = pool.submit(once, AttentionHeads, layer, (rope, None, None))
     pool.shutdown(wait=False)
     return list(jobs.values())
 
@@ -367,7 +368,8 @@ def check_room(cfg: TrainConfig, config: HymbaConfig, device: torch.device, worl
     with torch.device("meta"):
         n = Hymba(config).num_params()
     tokens = cfg.batch_size * (config.block_size + config.n_meta)
-    kept = config.n_layer * (10 * config.n_embd + 4 * config.n_hidden)  # for backward, bytes a token: what any needs
+    hidden = config.n_hidden * (config.n_expert_active if config.n_expert else 1)
+    kept = config.n_layer * (10 * config.n_embd + 4 * hidden)  # for backward, bytes a token: what any needs
     need = 16 * n + kept * tokens  # weight, gradient and two moments
     drawn = 10 * cfg.batch_size * cfg.grad_accum * world * config.block_size  # a step's text, before it is divided
     if need > memory(device) or drawn > memory(torch.device("cpu")):
@@ -404,7 +406,8 @@ def start(
         with naming(run.metrics):
             run.metrics.with_suffix(".new").write_text("".join(metrics_so_far(run)))
         run.metrics.with_suffix(".new").replace(run.metrics)
-        size = f"{model.num_params():,} parameters, {cost.flops_per_token(model) / 1e6:,.3g} MFLOP a token"
+        active = f" ({cost.active_params(model):,} for each token)" if config.n_expert else ""
+        size = f"{model.num_params():,} parameters{active}, {cost.flops_per_token(model) / 1e6:,.3g} MFLOP a token"
         where = f"{device} x {world}" if world > 1 else f"{device}"
         print(f"{config.pattern}: {size}, {len(data.train[0]):,} training tokens, on {where}", flush=True)
     return run
@@ -562,6 +565,11 @@ def train(run: Run, received: list[int]) -> bool:
             {"step": k, "loss": loss, "grad_norm": norm, "lr": learning_rate(cfg, k - 1), "tokens_per_s": round(speed)}
             for k, (loss, norm) in enumerate(zip(losses, norms, strict=True), first)
         ))  # fmt: skip
+        if run.model.config.n_expert:  # of the last forward pass
+            ffns = [block.ffn for block in run.model.blocks]
+            load = [[round(share, 4) for share in ffn.load.tolist()] for ffn in ffns]
+            balance = sum(ffn.balance.item() for ffn in ffns) / len(ffns)
+            write_metrics(run, {"step": done, "expert_balance": balance, "expert_load": load})
         if run.rank == 0:
             mfu = cost.estimate_mfu(run.model, speed / run.world)
             text = f"loss {losses[-1]:.4f}, {speed:,.0f} tokens/s" + (f", MFU {mfu:.1%}" if mfu else "")

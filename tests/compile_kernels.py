@@ -21,6 +21,7 @@ from triton.runtime.jit import JITFunction
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import engine_kernels
 import kernels
+import ssd_kernels
 
 capability, compiled = int(sys.argv[1]), {}
 
@@ -65,7 +66,14 @@ def call_all(C: int, H: int, G: int, n_hidden: int, V: int) -> None:
         _, _, chunks = kernels._scan_forward(*scan, None, True)
         kernels._scan_forward(*scan, new32(B, D, N), False)
         kernels._scan_backward(*scan, chunks, new(B, T, D), None)
-    B, T = 1, 2176
+    B, T, P, N = 1, 2176, 64, 128
+    xBC, dt = new(B, T, D + 2 * N), new(B, T, D // P)
+    x, BC, head = xBC[..., :D].unflatten(2, (-1, P)), (xBC[..., D : D + N], xBC[..., D + N :]), new32(D // P)
+    for rows in (1, 256):  # states of 32 channels to a program, and of 64
+        x_, dt_, B_, C_ = (u.expand(rows, *u.shape[1:]) for u in (x, dt, *BC))
+        ssd_kernels._ssd_forward(x_, dt_, head, B_, C_, head, head, None)
+    state = new32(B, D // P, P, N)
+    ssd_kernels._ssd_backward(x, dt, head, *BC, head, head, state, new(B, T, D // P, P), state)
     kernels.conv(x := new(B, T, 2 * D)[..., :D], weight := new32(D, 4), bias := new32(D), 0)
     kernels.conv_backward_op(new(B, T, D), x, weight, bias, 0)
     q, k, v = new(B, T, H, E), new(B, T, G, E), new(B, T, G, F)

@@ -17,7 +17,10 @@ LLAMA_JSON = dict(model_type="llama", vocab_size=67, hidden_size=32, num_hidden_
     tie_word_embeddings=False, attention_bias=False)  # fmt: skip
 MAMBA_JSON = dict(model_type="mamba", vocab_size=67, hidden_size=32, num_hidden_layers=2, state_size=4, expand=2,
     conv_kernel=5, time_step_rank=2, intermediate_size=64, use_bias=False, layer_norm_epsilon=1e-5)  # fmt: skip
-RELEASED = {"hymba": HYMBA_JSON, "llama": LLAMA_JSON, "mamba": MAMBA_JSON}
+MAMBA2_JSON = dict(model_type="mamba2", vocab_size=67, hidden_size=32, num_hidden_layers=2, state_size=4, expand=2,
+    conv_kernel=3, head_dim=16, num_heads=4, n_groups=1, use_bias=False, layer_norm_epsilon=1e-5,
+    tie_word_embeddings=True)  # fmt: skip
+RELEASED = {"hymba": HYMBA_JSON, "llama": LLAMA_JSON, "mamba": MAMBA_JSON, "mamba2": MAMBA2_JSON}
 TEMPLATE = """{{ bos_token }}{% for m in messages %}
 {% if m.role not in ('user', 'assistant') %}{{ raise_exception('no ' + m.role) }}{% endif %}
 <|{{ m.role }}|>{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}
@@ -40,6 +43,15 @@ def released_shapes(c: dict) -> dict[str, tuple[int, ...]]:
             shapes |= {p + "mixer.conv1d.weight": (D, 1, K), p + "mixer.conv1d.bias": (D,), p + "mixer.A_log": (D, N)}
             shapes |= {p + "mixer.x_proj.weight": (R + 2 * N, D), p + "mixer.dt_proj.weight": (D, R)}
             shapes |= {p + "mixer.dt_proj.bias": (D,), p + "mixer.out_proj.weight": (C, D)}
+        return shapes
+    if c["model_type"] == "mamba2":
+        J, P, N, K = c["num_heads"], c["head_dim"], c["state_size"], c["conv_kernel"]
+        D, shapes = J * P, {"backbone.embeddings.weight": (V, C), "backbone.norm_f.weight": (C,)}
+        for p in (f"backbone.layers.{i}." for i in range(n)):
+            shapes |= {p + "norm.weight": (C,), p + "mixer.in_proj.weight": (2 * D + 2 * N + J, C)}
+            shapes |= {p + "mixer.conv1d.weight": (D + 2 * N, 1, K), p + "mixer.conv1d.bias": (D + 2 * N,)}
+            shapes |= {p + f"mixer.{name}": (J,) for name in ("dt_bias", "A_log", "D")}
+            shapes |= {p + "mixer.norm.weight": (D,), p + "mixer.out_proj.weight": (C, D)}
         return shapes
     H, G, I = c["num_attention_heads"], c["num_key_value_heads"], c["intermediate_size"]  # noqa: E741
     E, shapes = C // H, {"model.embed_tokens.weight": (V, C)}

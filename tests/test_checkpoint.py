@@ -280,7 +280,7 @@ def test_released_tensors_that_do_not_fit(kind, tensors, message, shards, tmp_pa
 @pytest.mark.parametrize(
     "kind, changes, message",
     [
-        ("hymba", {"model_type": "gpt2"}, "model_type='gpt2' is not supported, only hymba, llama, mamba"),
+        ("hymba", {"model_type": "gpt2"}, "model_type='gpt2' is not supported, only hymba, llama, mamba, mamba2"),
         ("hymba", {"model_type": None}, "model_type=None is not supported"),
         ("hymba", {"kv_reuse_group": [[1, 2], [4, 5]]}, r"kv_reuse_group=\[\[1, 2\], \[4, 5\]\] .* only .* \[4, 5, 6"),
         ("hymba", {"rope_type": "yarn"}, "rope_type='yarn' is not supported, only 'ntk'"),
@@ -300,6 +300,10 @@ def test_released_tensors_that_do_not_fit(kind, tensors, message, shards, tmp_pa
         ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear' is not supported"),
         ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type='yarn' is not supported"),
         ("llama", {"num_attention_heads": 5}, "n_head=5 is not a multiple of n_kv_head=2"),
+        ("mamba2", {"n_groups": 8}, "n_groups=8 is not supported, only 1"),
+        ("mamba2", {"num_heads": 8}, "num_heads=8 is not supported, only 4"),
+        ("mamba2", {"time_step_limit": [0.1, 1.0]}, "time_step_limit=.* is not supported"),
+        ("mamba2", {"head_dim": 0}, "num_heads=4 is not supported, only 64"),
         ("mamba", {"use_bias": True}, "use_bias=True is not supported, only False"),
         ("mamba", {"intermediate_size": 48}, "intermediate_size=48 is not supported, only 64"),
     ],
@@ -451,6 +455,23 @@ def test_against_llama(tied, rope, tmp_path, tr):
     c |= {"rope_theta": c.pop("rope_parameters")["rope_theta"], "rope_scaling": rope if rope == LLAMA3 else None}
     (tmp_path / "config.json").write_text(json.dumps(c))
     assert Hymba.from_pretrained(tmp_path).config == model.config
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_against_mamba2(tied, tmp_path, tr):
+    """Logits, and greedy tokens as their cache gives them."""
+    mamba2 = tr.Mamba2ForCausalLM(tr.Mamba2Config(vocab_size=67, hidden_size=32, state_size=8, num_hidden_layers=3,
+        conv_kernel=3, expand=2, head_dim=16, num_heads=4, n_groups=1, chunk_size=16, layer_norm_epsilon=1e-5,
+        tie_word_embeddings=tied,
+    ))  # fmt: skip
+    model = compare_with_transformers(mamba2, tmp_path)
+    assert model.config.tied == tied
+    c = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(c | {"time_step_limit": [0.0, math.inf]}))  # before transformers 5
+    assert Hymba.from_pretrained(tmp_path).config == model.config
+    prompt = tokens(1, 9, vocab=67)
+    theirs = mamba2.generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 9:]
+    assert [t for (t,) in Engine(model).generate(prompt.tolist(), 20, temperature=0)] == theirs.tolist()
 
 
 def test_against_mamba(tmp_path, tr):

@@ -13,11 +13,13 @@ import pytest
 import torch
 from runs import ROOT, prepare_bpe
 
+import cost
 import prepare
 import sample
 import train
 
 PAGES = ["README.md", "docs/data.md", "docs/weights.md", "docs/training.md", "docs/robustness.md", "docs/speed.md"]
+PAGES += ["docs/systems.md"]
 TOY = "--n_embd=16 --n_head=2 --n_kv_head=1 --d_state=2 --n_meta=2 --window=8 --block_size=16 --batch_size=2"
 TOY += " --max_steps=2 --grad_accum=1 --eval_windows=2 --sample_tokens=3 --threads=1 --device=cpu"
 ELSEWHERE = r"pip |pytest|bench\.py|nvidia/|shakespeare"  # network, GPU, or minutes
@@ -75,7 +77,7 @@ def test_every_command(small_sources):
 
 
 def run(script: str, argv: list[str]) -> None:
-    main = {"train.py": train, "sample.py": sample, "prepare.py": prepare}[script].main
+    main = {"train.py": train, "sample.py": sample, "prepare.py": prepare, "cost.py": cost}[script].main
     if "--help" in argv:
         with contextlib.suppress(SystemExit):
             main(argv)

@@ -15,16 +15,15 @@ import cost
 import engine
 import model as model_module
 import ops
-from conftest import LETTERS, MIXED, SMALL, error, needs_gpu, on_device, small, tokens
+from conftest import MIXED, SMALL, SYSTEMS, TRITON, error, needs_gpu, on_device, small, tokens
 from engine import Cache, Engine
 from model import Hymba, HymbaConfig
 
 
-@pytest.mark.parametrize("fusion", ["mean", "diff", "concat"])
-@pytest.mark.parametrize("pattern", LETTERS + MIXED)
-def test_cache_gives_the_full_forward(pattern, fusion):
+@pytest.mark.parametrize("pattern, options", SYSTEMS, ids=str)
+def test_cache_gives_the_full_forward(pattern, options):
     """One full forward = prefill + decode = prefill in pieces, far past the window, and bytes held = bytes promised."""
-    model = small(pattern, fusion=fusion)
+    model = small(pattern, **options)
     idx = tokens(2, 60)
     with torch.no_grad():
         full = model(idx)
@@ -223,6 +222,18 @@ def test_inference_kernels_in_a_model(pattern, fusion, rows, how, by_kernels, de
     assert error(*outputs) < 1e-5
 
 
+def test_mamba2_steps_through_its_blocks(monkeypatch, kernels_on):
+    """The kernels of one-token steps know Mamba alone: beside them, a Mamba-2 block is called as it is."""
+    steps = []
+    monkeypatch.setattr(engine, "step_block", count(engine.step_block, steps))
+    model = small("Mt2", n_head=2, n_kv_head=1, n_embd=32, window=4)
+    with torch.no_grad():
+        cache, idx = Engine(model).new_cache(2, 6), tokens(2, 6)
+        out = torch.cat([Engine(model).logits(u, cache) for u in idx.split([4, 1, 1], dim=1)], 1)
+        assert error(out, model(idx)) < 1e-5
+    assert not TRITON or len(steps) == 2  # those of the attention block
+
+
 def test_steps_across_a_doubling_of_the_buffers():
     model = small("TH")
     cache = Engine(model).new_cache(2, 6)
@@ -386,9 +397,11 @@ def test_tiny_temperatures_are_greedy(temperature):
     options=st.fixed_dictionaries(
         dict(
             n_meta=st.integers(0, 5), window=st.integers(1, 9), kv_share=st.booleans(),
-            fusion=st.sampled_from(["mean", "diff", "concat"]), n_hidden=st.sampled_from([0, 40]),
+            fusion=st.sampled_from(["mean", "sum", "diff", "concat"]), n_hidden=st.sampled_from([0, 40]),
+            branch_norm=st.sampled_from(["rms", "group", "none"]), branch_scale=st.booleans(), rope=st.booleans(),
             n_kv_head=st.sampled_from([1, 2, 4]), d_conv=st.integers(1, 5), expand=st.integers(1, 2),
-            ssm_norm=st.booleans(), tied=st.booleans(), rope_orig=st.sampled_from([0, 8]),
+            ssm=st.sampled_from(["mamba", "mamba2"]), ssm_norm=st.booleans(), tied=st.booleans(),
+            rope_orig=st.sampled_from([0, 8]),
         )
     ),
     lengths=st.lists(st.integers(1, 12), min_size=1, max_size=3),

@@ -19,6 +19,7 @@ def test_checks_name_file_and_key(tmp_path):
         ('{"a": 1, "b": {"c": null}}', "x.json: 'b': c=None must be float"),
         ('{"a": 1, "b": []}', "x.json: 'b' is not an object but []"),
         ('{"a": 1}', "x.json has no 'b'"),
+        ('{"a": Infinity}', "x.json: a={'__float__': 'Infinity'} must be int"),
         ('{"a": 1, "b": {"c": NaN}}', "x.json is corrupt: NaN is not a finite number"),
         ('{"a": 1, "b": {"c": 1e999}}', "x.json is corrupt: 1e999 is not a finite number"),
         ('{"a": 1, "b": {"c": "' + "h" * 999 + '"}}', "x.json: 'b': c='" + "h" * 56 + "... must be float"),

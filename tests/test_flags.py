@@ -44,7 +44,8 @@ def test_flags_in_every_spelling(tmp_path):
         (["--bacth_size=3"], "unknown flag 'bacth_size': did you mean batch_size?"),
         (["--batch_size"], "--batch_size needs a value: --batch_size=..."),
         (["--batch_size", "--resume"], "--batch_size needs a value: --batch_size=..."),
-        (["config/tiny.py", "config/swa_125m.py"], "two config files, config/tiny.py and config/swa_125m.py: give one"),
+        (["config/tiny.py", "README.md"], "two config files, config/tiny.py and README.md: give one"),
+        (["--hybrid=inter:1:5:spread", "--pattern=MT"], "--hybrid makes the pattern: leave --pattern out, or --hybrid"),
         (["--zzz"], "unknown flag 'zzz'; see python train.py --help"),
     ],
 )  # fmt: skip

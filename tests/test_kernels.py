@@ -250,7 +250,7 @@ def test_float64_uses_the_reference(device):
 
 
 @on_device
-@pytest.mark.parametrize("pattern", ["hH", "Mt"])
+@pytest.mark.parametrize("pattern", ["hH", "Mt", "M2"])
 def test_model_with_kernels_equals_model_without(pattern, device, poisoned):
     model = small(pattern, n_head=2, n_kv_head=1).to(device)
     idx, targets, losses, grads = tokens(2, 24).to(device), tokens(2, 24, seed=2).to(device), [], []
@@ -299,9 +299,10 @@ def test_sizes_without_a_kernel_use_the_reference(sizes, expected, device, monke
 
 
 @on_device
-def test_kernels_compile_without_graph_breaks(device):
+@pytest.mark.parametrize("pattern", ["hM", "M2"])
+def test_kernels_compile_without_graph_breaks(pattern, device):
     ops.use_kernels(True)
-    model = small("hM", n_head=2, n_kv_head=1).to(device)
+    model = small(pattern, n_head=2, n_kv_head=1).to(device)
     idx = tokens(2, 8).to(device)
     compiled = torch.compile(model, fullgraph=True, backend="inductor" if GPU else "aot_eager")
     a, b = (torch.autograd.grad(m(idx, idx), list(model.parameters())) for m in (model, compiled))
@@ -331,13 +332,14 @@ def test_kernels_on_long_sequences():
 
 @pytest.mark.gpu
 @needs_gpu
-def test_training_with_kernels_on_and_off():
+@pytest.mark.parametrize("ssm", ["mamba", "mamba2"])
+def test_training_with_kernels_on_and_off(ssm):
     """200 steps in bfloat16: the same curve within its noise, and the same bits for the same seed."""
 
     def curve(on: bool) -> list[float]:
         ops.use_kernels(on)
         torch.manual_seed(0)
-        model = Hymba(HymbaConfig(**(SMALL | dict(pattern="HhhH", n_embd=64)))).cuda()
+        model = Hymba(HymbaConfig(**(SMALL | dict(pattern="HhhH", n_embd=64, ssm=ssm)))).cuda()
         optimizer = train.optimizer_for(model, train.TrainConfig())
         data, out = tokens(3000).cuda() // 8, []
         for step in range(200):

@@ -1,5 +1,7 @@
 """ops.py against the definitions of model.py and float64 loops, and what `fastest` chooses."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn as nn
@@ -15,10 +17,15 @@ from conftest import (
     cross_entropy_inputs,
     dense_attention,
     error,
+    expert_inputs,
+    experts_loop,
+    needs_gpu,
     plain_cross_entropy,
     scan_inputs,
     scan_loop,
     small,
+    ssd_inputs,
+    ssd_loop,
 )
 from ops import linear_cross_entropy, selective_scan, windowed_attention
 
@@ -65,6 +72,46 @@ def test_scan_bfloat16_gives_float32_state():
     y, h = selective_scan(**inputs)
     expected, _ = scan_loop(**{k: v.double() for k, v in inputs.items()})
     assert y.dtype == torch.bfloat16 and h.dtype == torch.float32 and error(y, expected) < 1e-2
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    shape=st.tuples(*(st.integers(1, n) for n in (3, 40, 4, 9, 9))), chunk=st.integers(1, 20), seed=st.integers(0, 1000)
+)
+def test_ssd_against_float64_loop(shape, chunk, seed):
+    """For any length of chunks, with and without a state."""
+    inputs = ssd_inputs(*shape, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "SSD_CHUNK", chunk)
+        fresh = {k: v for k, v in inputs.items() if k != "state"}  # of one token, A would have no gradient
+        for given in [inputs, fresh][: shape[1]]:
+            forward, backward = compare_with_grads(ops.ssd, ssd_loop, given)
+            assert forward < 1e-5 and backward < 1e-4
+
+
+def test_ssd_in_pieces_extremes_and_bfloat16():
+    inputs = ssd_inputs(2, 150, 6, 8, 4, seed=0)
+    y, h = ops.ssd(**inputs)
+    cut = lambda at: {k: v[:, at] if k in ("x", "dt", "B", "C") else v for k, v in inputs.items()}  # noqa: E731
+    y1, h1 = ops.ssd(**cut(slice(0, 71)))
+    y2, h2 = ops.ssd(**(cut(slice(71, None)) | {"state": h1}))
+    assert error(torch.cat([y1, y2], 1), y) < 1e-12 and error(h2, h) < 1e-12
+    dt = torch.where(torch.rand(2, 150, 6) < 0.5, -14.0, 50.0).double()  # softplus: 1e-6 and 50
+    extreme = inputs | {"dt": dt, "A": -(10.0 ** torch.linspace(-4, 2, 6)).double(), "dt_bias": torch.zeros(6).double()}
+    forward, backward = compare_with_grads(ops.ssd, ssd_loop, extreme)
+    assert forward < 1e-3 and backward < 1e-2  # exponents are differences of sums up to 64 x 5,000
+    inputs = {k: v.bfloat16() if k != "state" else v for k, v in inputs.items()}
+    y, h = ops.ssd(**inputs)
+    expected, _ = ssd_loop(**{k: v.double() for k, v in inputs.items()})
+    assert y.dtype == torch.bfloat16 and h.dtype == torch.float32 and error(y, expected) < 1e-2
+
+
+def test_ssd_keeps_its_inputs_alone():
+    kept = []
+    inputs = {k: v.float().requires_grad_() for k, v in ssd_inputs(2, 512, 4, 8, 16, seed=0).items()}
+    with torch.autograd.graph.saved_tensors_hooks(lambda u: kept.append(u.numel()) or u, lambda u: u):
+        ops.ssd(**inputs)
+    assert max(kept) <= inputs["x"].numel() and sum(kept) < 6 * inputs["x"].numel()
 
 
 def test_attention_over_a_long_cache_takes_few_queries_at_a_time(monkeypatch):
@@ -171,7 +218,7 @@ def test_a_kernel_runs_where_it_takes_the_inputs(monkeypatch):
     monkeypatch.setitem(ops.PLAIN, "rms_norm", lambda x, weight, eps: x + 1)
     assert torch.equal(model_module.rms_norm(x, weight, 1e-6), x + 1)
     monkeypatch.setattr(model_module, "ops", None)
-    assert error(model_module.rms_norm(x, weight, 1e-6), F.rms_norm(x, (5,))) < 1e-6
+    assert error(model_module.rms_norm(x, weight, 1e-6), F.rms_norm(x, (5,), eps=1e-6)) < 1e-6
 
 
 def test_kernels_can_be_turned_off_and_on():
@@ -203,6 +250,7 @@ def operations() -> dict:
 
     conv = lambda K, dtype=torch.float32: (r(1, 3, 8, dtype=dtype), r(8, K, dtype=dtype), r(8, dtype=dtype))  # noqa: E731
     y, norm, hooked = r(1, 3, 8), model_module.RMSNorm(8, 1e-6), model_module.RMSNorm(8, 1e-6)
+    grouped = model_module.BranchNorm(small("H", n_embd=4, n_head=1, n_kv_head=1, branch_norm="group").config, 8)
     hooked.register_forward_hook(lambda module, args, out: 2 * out)
     fused = lambda a, b, fusion: (y, y, a, b, fusion)  # noqa: E731
     return {
@@ -217,9 +265,10 @@ def operations() -> dict:
         "apply_rope": ([(r(1, 3, 2, 8), None)], [(r(1, 3, 2, 8, dtype=f64), None)]),
         "swiglu": ([(y, y)], [(y.double(), y.double())]),
         "fuse": (
-            [fused(norm, norm, "mean"), fused(norm, norm, "diff")],
-            [fused(norm, norm, "concat"), fused(norm, hooked, "mean"), fused(nn.Identity(), norm, "mean"),
-             fused(norm, nn.LayerNorm(8), "mean"), (y.double(), y.double(), norm, norm, "mean")],
+            [fused(norm, norm, "mean"), fused(norm, norm, "diff"), fused(norm, norm, "sum")],
+            [fused(norm, norm, "concat"), fused(norm, grouped, "mean"),
+             fused(norm, hooked, "mean"), fused(nn.Identity(), norm, "mean"), fused(norm, nn.LayerNorm(8), "mean"),
+             (y.double(), y.double(), norm, norm, "mean")],
         ),
     }  # fmt: skip
 
@@ -297,9 +346,60 @@ def test_blocks_that_step_by_kernels():
         ops.use_kernels(True)
         assert steps(block(), x) and steps(block("M"), x) and steps(block("T"), x)
         assert not steps(block(n_head=4, n_kv_head=2), x) and steps(block("M", n_head=4, n_kv_head=2), x)
+        assert not steps(block("M2"), x) and not steps(block("h2"), x)
         assert not steps(block(d_state=129), x) and not steps(block(d_conv=5), x) and not steps(hooked, x)
         assert not steps(block(), x.double())
     assert not steps(block(), x)
+
+
+@pytest.mark.parametrize(
+    "n, C, hidden, X, k", [(1, 8, 8, 3, 1), (40, 16, 24, 5, 2), (9, 3, 5, 2, 2), (70, 8, 16, 9, 3)]
+)
+@pytest.mark.parametrize("how", ["loop", "grouped", "all"])
+def test_mixture_sorts_by_expert(how, n, C, hidden, X, k, monkeypatch):
+    """Each way of the products by groups, experts without tokens among them."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: how == "all")
+    if how == "grouped" and not hasattr(F, "grouped_mm"):
+        pytest.skip("this torch has no grouped product")
+    inputs, expert = expert_inputs(n, C, hidden, X, k, seed=n)
+    dtype = torch.bfloat16 if how == "grouped" else torch.float32
+    fast, loop = (functools.partial(f, expert=expert) for f in (ops.mixture, experts_loop))
+    forward, backward = compare_with_grads(fast, loop, inputs, dtype)
+    bound, grad_bound = (1e-5, 1e-4) if dtype == torch.float32 else (2e-2, 2e-2)
+    assert forward < bound and backward < grad_bound
+    if n > 1 and X > k:  # autograd's own gradient of a gather adds up in an order that is left to chance, on a GPU
+        u = {name: v.float().requires_grad_() for name, v in inputs.items()}
+        names = {type(node).__name__ for node in graph_of(ops.mixture(expert=expert, **u).grad_fn)}
+        assert "_PermutationBackward" in names and "IndexBackward0" not in names
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 2e-2), (torch.float32, 1e-4)], ids=str)
+@pytest.mark.parametrize("n, C, hidden, X, k", [(2, 16, 32, 8, 2), (3000, 512, 832, 8, 2), (77, 24, 40, 5, 5)])
+def test_mixture_on_a_gpu(n, C, hidden, X, k, dtype, bound, monkeypatch):
+    """The host never waits, so that CUDA graphs can hold it. Twice the same to the bit."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    inputs, expert = expert_inputs(n, C, hidden, X, k, seed=n)
+    expert, outputs = expert.cuda(), []
+
+    def mixture(**u):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            outputs.append(ops.mixture(expert=expert, **u))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return outputs[-1]
+
+    loop = functools.partial(experts_loop, expert=expert)
+    for _ in range(2):
+        forward, backward = compare_with_grads(mixture, loop, inputs, dtype, "cuda")
+        assert forward < bound and backward < bound
+    assert torch.equal(*outputs)
+
+
+def graph_of(node) -> list:
+    return [node, *(n for child, _ in node.next_functions if child for n in graph_of(child))]
 
 
 @pytest.mark.parametrize("enabled", [True, False])

@@ -51,6 +51,17 @@ def test_kill_and_resume_to_the_bit(corpus, tmp_path, capsys):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_mamba2_trains_and_resumes_to_the_bit(corpus, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    flags = ["--pattern=MhM", "--ssm=mamba2", "--ssm_head=16", "--d_state=8", "--decay_steps=0"]
+    train_here(corpus, f"--out_dir={whole}", "--max_steps=50", *flags)
+    train_here(corpus, f"--out_dir={cut}", "--max_steps=24", *flags)
+    train_here(corpus, f"--out_dir={cut}", "--max_steps=50", *flags, "--resume")
+    assert losses(cut) == losses(whole) and losses(whole)[50] < 0.8 * losses(whole)[1]
+    a, b = (Hymba.from_pretrained(folder / "last").state_dict() for folder in (whole, cut))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
 def test_resume_errors_and_other_flags(corpus, tmp_path, capsys):
     train_here(corpus, *(run := [f"--out_dir={tmp_path}", "--max_steps=16"]))
     saved = json.loads((tmp_path / "best/config.json").read_text())
@@ -438,13 +449,14 @@ def test_step_graphs_are_the_model(pieces):
 
 @pytest.mark.gpu
 @needs_gpu
-def test_kernels_compiled_ahead_are_the_ones_that_run(monkeypatch):
+@pytest.mark.parametrize("ssm", ["mamba", "mamba2"])
+def test_kernels_compiled_ahead_are_the_ones_that_run(ssm, monkeypatch):
     """After compile_kernels, a forward and backward pass compiles no kernel of kernels.py anew but the loss's; and the
     weights are drawn as without it."""
     import triton
 
     ops.use_kernels(True)
-    config = HymbaConfig(**(SMALL | dict(pattern="HhhM", n_embd=96, n_head=3, n_kv_head=1)))
+    config = HymbaConfig(**(SMALL | dict(pattern="HhhM", n_embd=96, n_head=3, n_kv_head=1, ssm=ssm)))
     for job in train.compile_kernels(config, 2, 24, torch.device("cuda")):
         job.result()
     compiled = []

@@ -1,23 +1,25 @@
 """
-Inter-layer hybrid (Bae et al. 2025, https://arxiv.org/abs/2510.04800) at Hymba-125M's parameters (within 0.8%): whole
-blocks of one kind or the other, Transformer to Mamba 1:5, never a Transformer block first, spread evenly.
+Llama with a mixture of experts: 8 in each block, 2 for each token. As many parameters work on a token as in Hymba-125M
+(within 0.2%), of 413 million in all. Bae et al. (Table 3, 1B): loss 2.569 becomes 2.492.
 
 Data: python prepare.py python --site-packages --tokenizer=bpe:32000 --name=source
 or your own text under another name, given as --dataset=NAME.
 """
 
-pattern = "MMTMMM" * 4
+pattern = "T" * 24
 n_embd = 512
 n_head = 8
 n_kv_head = 4
-n_hidden = 2048
+n_hidden = 1280
+n_expert = 8
+n_expert_active = 2
 n_meta = 0
 block_size = 2048
 
 dataset = "source"
 data_command = "python prepare.py python --site-packages --tokenizer=bpe:32000 --name=source"
-batch_size = 16
-grad_accum = 8
+batch_size = 8
+grad_accum = 16
 max_steps = 10000
 warmup_steps = 200
 decay_steps = 2000
