@@ -48,6 +48,8 @@ def load_tokenizer(spec: str, folder: Path | str, sha256: str | None = None) -> 
 
     Raises ValueError (bad spec, corrupt file), FileNotFoundError (no such file) or ConnectionError (cannot download).
     """
+    if spec == "none":
+        raise ValueError("the tokens of its data set stand for no text (to train on them: --sample_tokens=0)")
     if spec == "bytes":
         ranks = {bytes([b]): b for b in range(256)}
         return tiktoken.Encoding("bytes", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={EOT: 256})
