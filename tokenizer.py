@@ -203,6 +203,11 @@ def tokenizer_of(folder: Path) -> Tokenizer:
         raise ValueError(f"{file}: {e}") from None
 
 
+def encode_piece(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The tokens of a piece of text, without the one that begins every text of some released models."""
+    return tokenizer.encode(text) if isinstance(tokenizer, ReleasedTokenizer) else tokenizer.encode_ordinary(text)
+
+
 def stops(tokenizer: Tokenizer) -> set[int]:
     """The tokens that end a text: a released model may have several."""
     return getattr(tokenizer, "stops", {tokenizer.eot_token})
