@@ -1,7 +1,9 @@
 """Measurements: each against an independent computation, a perfect predictor or a random one, and the command line."""
 
+import importlib.util
 import json
 import math
+import shutil
 import sys
 
 import numpy as np
@@ -9,14 +11,16 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from runs import train_here
+from runs import ROOT, prepare_bpe, train_here
 
+import checkpoint
 import cost
 import evaluate
+import ops
 import recall
 from conftest import MIXED, small, tokens
 from engine import Engine
-from tokenizer import encode_piece, load_tokenizer
+from tokenizer import load_tokenizer
 
 TEXT = tokens(700).numpy()
 BYTES = load_tokenizer("bytes", ".")
@@ -113,7 +117,9 @@ def test_needle_of_a_reader_and_of_a_guesser(monkeypatch):
         before, after = text.index("\nkey"), text.rindex("\nkey") - text.index(";\n") - 2
         assert abs(before / (before + after) - depth) < 0.02
     assert 0 < np.mean(evaluate.needle(model, BYTES, hay, n=8, fact="key = {};")["choice"]) < 0.3  # a tenth, by chance
-    with pytest.raises(ValueError, match="--lengths: fact and question need 26 tokens at least, and there is text for 1,345"):
+    with pytest.raises(
+        ValueError, match="--lengths: fact and question need 26 tokens at least, and there is text for 1,345"
+    ):
         evaluate.needle(model, BYTES, hay, [80, 20], fact="key = {};")
 
 
@@ -183,7 +189,7 @@ def test_attention(pattern, n_meta, monkeypatch):
         if letter == "M":
             assert row["share"] is None and row["meta"] is None
             continue
-        heads, ((qkv, rope, kv, _), (_, handed)) = model.blocks[i].mixer.attn, kept[i, "attn"]
+        heads, ((qkv, *_), (_, handed)) = model.blocks[i].mixer.attn, kept[i, "attn"]
         q = qkv[..., : heads.H * heads.E].unflatten(-1, (heads.H, heads.E))
         half = heads.E // 2
         angle = torch.arange(M + T)[:, None, None] * c.rope_base ** (-torch.arange(half) / half)
@@ -221,3 +227,127 @@ def test_memory_is_where_a_state_has_decayed():
     assert abs(row["mean"] - lengths.mean().item()) < 1e-2
     decay = torch.exp(-F.softplus(ssm.dt_bias.double())) ** lengths.double()
     assert (decay - math.exp(-1)).abs().max() < 1e-6
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+@pytest.fixture(scope="module")
+def runs(corpus, tmp_path_factory):
+    """out/a and out/b, trained on text; out/r, trained on records."""
+    root = tmp_path_factory.mktemp("runs")
+    recall.prepare_recall([2, 4], 300, data_dir=root / "data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "KERNELS", {})
+        train_here(corpus, f"--out_dir={root / 'out/a'}", "--max_steps=2")
+        train_here(corpus, f"--out_dir={root / 'out/b'}", "--max_steps=2", "--pattern=MT", "--n_meta=0")
+        train_here(root, f"--out_dir={root / 'out/r'}", "--max_steps=2", "--dataset=recall", "--block_size=16")
+    return root
+
+
+def run(capsys, task: str, *flags) -> tuple[dict, str]:
+    """The JSON result of python evaluate.py, and what it printed."""
+    evaluate.main([task, "--device=cpu", *map(str, flags)])
+    printed = capsys.readouterr().out
+    file = printed.splitlines()[-1].removeprefix("the results: ")
+    with open(file) as f:
+        return json.load(f), printed
+
+
+def test_loss_command(runs, capsys):
+    a, b = runs / "out/a", runs / "out/b"
+    result, printed = run(capsys, "loss", f"--init_from={a}", b, "--tokens=500")
+    assert list(result["models"]) == [str(a), str(b)] and result["task"] == "loss"
+    model = result["models"][str(a)]
+    assert model["folder"] == str(a / "best") and model["pattern"] == "HhhH"
+    assert model["texts"]["words"]["length"] == 24 and model["texts"]["words"]["edges"][-1] == 8 * 24 + 1
+    assert printed.splitlines()[0].startswith("| model") and f"{model['texts']['words']['loss']:.4f}" in printed
+    assert (runs / "out/a_loss.json").is_file()
+    if importlib.util.find_spec("matplotlib"):
+        assert (runs / "out/a_loss.png").stat().st_size > 5000
+    text = runs / "some.txt"
+    text.write_text("é" * 300)
+    result, _ = run(capsys, "loss", b / "last", f"--text={text}", f"--out={runs / 'x/y.json'}", "--longest=100")
+    text = result["models"][str(b / "last")]["texts"][str(text)]
+    assert text["edges"][-1] == 101 and abs(text["bits_per_byte"] - text["loss"] / math.log(2)) < 1e-9
+    assert (runs / "x/y.json").is_file()
+
+
+def test_the_validation_loss_is_training_s(runs, capsys):
+    """Over the same windows, the loss that train.py logs."""
+    logged = json.loads((runs / "out/a/metrics.jsonl").read_text().splitlines()[-1])
+    result, _ = run(capsys, "loss", runs / "out/a", "--tokens=96")
+    assert abs(result["models"][str(runs / "out/a")]["texts"]["words"]["loss"] - logged["val_loss"]) < 1e-4
+
+
+@pytest.mark.parametrize("task", ["needle", "heads", "attention", "recall"])
+def test_other_commands(runs, capsys, monkeypatch, task):
+    """Each gives a table, a file and a picture, also without matplotlib."""
+    flags = {
+        "needle": [runs / "out/a", runs / "out/b", "--lengths=60,120", "--trials=2", "--needle=k={}."],
+        "heads": [runs / "out/r", "--tokens=200"],
+        "attention": [runs / "out/a", runs / "out/b", f"--text={ROOT / 'README.md'}", f"--text={ROOT / 'config'}"],
+        "recall": [runs / "out/r", "--tokens=400"],
+    }[task]
+    result, printed = run(capsys, task, *flags)
+    first = result["models"][str(flags[0])]
+    rows = [line for line in printed.splitlines() if line.startswith("|")]
+    assert len({len(line) for line in rows}) == 1  # aligned
+    picture = runs / "out" / f"{flags[0].name}_{task}.png"
+    if importlib.util.find_spec("matplotlib"):
+        assert picture.stat().st_size > 5000
+        picture.unlink()
+    if task == "needle":
+        assert np.array(first["choice"]).shape == (5, 2) and len(rows) == 2 + 4
+    elif task == "heads":
+        assert [v is not None for v in first["loss"]["attn"]] == [True] * 4 and len(rows) == 2 + 4
+        assert set(first["recall"]) == {"whole", "attn", "ssm"}
+    elif task == "attention":
+        blocks = first["texts"][str(ROOT / "config")]["blocks"]
+        assert all(abs(sum(b["share"].values()) - 1) < 1e-4 for b in blocks) and len(rows) == 2 + 2 * 4 + 2 * 2
+    else:
+        assert list(first["pairs"]) == ["2", "4"] and len(rows) == 2 + 1
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    _, printed = run(capsys, task, *flags)
+    assert f"no {picture.name}: pip install matplotlib to get one" in printed and not picture.exists()
+
+
+def test_what_is_wrong_is_said_first(runs, corpus, tmp_path, monkeypatch):
+    """In one line, before a model is loaded."""
+    a, r, latin = runs / "out/a", runs / "out/r", tmp_path / "latin.txt"
+    latin.write_bytes(b"\xe9" * 100)
+    (tmp_path / "short.txt").write_text("short")
+    (tmp_path / "model").mkdir()
+    config = json.loads((a / "best/config.json").read_text())
+    for name, change in (("other", {"tokenizer": "bpe:300"}), ("nothing", {"train": {}})):
+        shutil.copytree(a / "best", tmp_path / name)
+        (tmp_path / name / "config.json").write_text(json.dumps(config | change))
+    prepare_bpe(corpus / "words", "bpe", tmp_path / "data")
+    shutil.copy(tmp_path / "data/bpe/tokenizer.tiktoken", tmp_path / "other")
+    monkeypatch.setattr(checkpoint, "load", None)
+    for flags, message in [
+        (["loss"], "give one model or more: --init_from=FOLDER"),
+        (["loss", a, a], f"--init_from names {a} twice"),
+        (["nonsense", a], "invalid choice: 'nonsense'"),
+        (["loss", tmp_path / "model"], "is not a checkpoint"),
+        (["loss", a, "--tokens=-1"], "--tokens=-1: must be 0 or more"),
+        (["loss", a, "--text=nowhere.txt"], "no file or folder nowhere.txt"),
+        (["loss", a, f"--text={latin}"], "latin.txt is not UTF-8 text"),
+        (["loss", a, f"--text={tmp_path / 'short.txt'}"], "has 5 tokens, too few for windows of 24 .*lower --length"),
+        (["loss", a, "--dataset=none"], "no data set at"),
+        (["loss", tmp_path / "nothing"], "does not say what it was trained on: pass --text=FILE or --dataset=NAME"),
+        (["loss", tmp_path / "other"], "has other tokens than .*: prepare it with that tokenizer, or pass --text"),
+        (["loss", a, "--out=x.txt"], "--out=x.txt: give the name of a .json file"),
+        (["recall", a], "words is no data set of recall.py"),
+        (["needle", r], "its tokens stand for no text"),
+        (["loss", r, f"--text={latin}"], "its tokens stand for no text"),
+        (["needle", a, "--needle=x"], "--needle: write {} where the code goes"),
+        (["needle", a, "--lengths=1,x"], "--lengths=1,x: write numbers with commas"),
+    ]:
+        with pytest.raises((ValueError, OSError), match=message):
+            evaluate.main([*map(str, flags), "--device=cpu"])
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="needs a package that is missing: pip install lm_eval"):
+        evaluate.main(["harness", str(a), "--tasks=piqa"])
