@@ -125,7 +125,7 @@ def results(
     manager = TaskManager(include_path=include)
     if unknown := [task for task in tasks if not manager.match_tasks([task])]:
         raise ValueError(f"--tasks: lm-evaluation-harness knows no {', '.join(unknown)}; lm-eval ls tasks names all")
-    options = dict(num_fewshot=shots, limit=limit, task_manager=manager, bootstrap_iters=0, log_samples=False)
+    options = dict(num_fewshot=shots, limit=limit, task_manager=manager, bootstrap_iters=1000, log_samples=False)
     found = simple_evaluate(model_here, tasks=tasks, **options)["results"]
     return {
         task: {k.removesuffix(",none"): v for k, v in values.items() if isinstance(v, int | float)}
