@@ -10,7 +10,7 @@ Measure models: python evaluate.py TASK --init_from=FOLDER [FOLDER ...] [--flag=
     python evaluate.py harness --init_from=out/tiny --tasks=piqa,lambada_openai   # needs: pip install lm_eval
 
 FOLDER is what sample.py takes: a run's folder, a checkpoint, or the name of a model on huggingface.co. Text is the
-validation split of the data set that the first model was trained on, unless --dataset or --text says otherwise. Each
+validation split of the data set that a model was trained on, unless --dataset or --text says otherwise. Each
 task prints a table, and writes FOLDER_TASK.json and a picture FOLDER_TASK.png that compares the models, beside the
 first folder.
 
@@ -27,8 +27,7 @@ import math
 import re
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +45,8 @@ import prepare
 from engine import PREFILL, Engine
 from files import check_folders, read_json
 from flags import Parser, run
-from model import Block, Hymba, linear_cross_entropy, windowed_attention
+from hooks import removed, watching
+from model import Hymba, linear_cross_entropy
 from sample import pick_device
 from tokenizer import Tokenizer, encode_piece, tokenizer_of
 from train import even_starts, to_device
@@ -61,20 +61,35 @@ def hidden(model: Hymba, idx: Tensor) -> Tensor:
         return model.hidden(idx)
 
 
-def batches(tokens: np.ndarray, T: int, n: int, title: str, record: int = 1) -> Iterator[np.ndarray]:
-    """Up to n windows of T + 1 tokens, evenly spaced and disjoint, (b, T + 1) at a time. A bar shows how far it is."""
-    if len(tokens) <= T:
-        raise ValueError(
-            f"the text has {len(tokens):,} tokens: too few for a window of {T:,} + 1, so give more or longer"
-        )
-    starts, size = even_starts(len(tokens), T, min(n, max(1, len(tokens) // (T + 1))), record), max(1, AT_ONCE // T)
-    for i in tqdm(range(0, len(starts), size), desc=title, unit="batch", leave=False, disable=None):
-        yield np.stack([tokens[s : s + T + 1] for s in starts[i : i + size]]).astype(np.int64)
+@dataclass
+class Text:
+    """What a model is measured on."""
+
+    tokens: np.ndarray  # (n,); a token t that is not to be predicted is ~t
+    bytes_per_token: float | None = None
+    record: int = 1  # windows begin at its multiples, and are as long if it is more than 1
 
 
-def mean_and_error(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over the first axis, and its standard error (NaN of a single value)."""
-    return x.mean(0), x.std(0, ddof=1) / len(x) ** 0.5 if len(x) > 1 else np.full(x.shape[1:], math.nan)
+def window(model: Hymba, text: Text, length: int = 0) -> int:
+    """Tokens of a window: the length that was asked for, or else block_size; of records, what they have."""
+    return text.record - 1 if text.record > 1 else length or model.config.block_size
+
+
+def batches(model: Hymba, text: Text, length: int, n_tokens: int, title: str) -> Iterator[np.ndarray]:
+    """About n_tokens in windows of T + 1 tokens, evenly spaced and disjoint -> (b, T + 1) at a time. A bar shows how far
+    it is. Raises ValueError if the text is too short."""
+    T = window(model, text, length)
+    if len(text.tokens) <= T:
+        raise ValueError(f"the text has {len(text.tokens):,} tokens, too few for windows of {T:,} + 1: lower --length")
+    n = max(1, min(n_tokens // T, len(text.tokens) // (T + 1)))
+    starts, size = even_starts(len(text.tokens), T, n, text.record), max(1, AT_ONCE // T)
+    for i in tqdm(range(0, n, size), desc=title, unit="batch", leave=False, disable=None):
+        yield np.stack([text.tokens[s : s + T + 1] for s in starts[i : i + size]]).astype(np.int64)
+
+
+def mean_and_error(x: np.ndarray) -> tuple[float | list, float | list | None]:
+    """Mean over the first axis of x, and its standard error (None of a single value)."""
+    return x.mean(0).tolist(), (x.std(0, ddof=1) / len(x) ** 0.5).tolist() if len(x) > 1 else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -89,40 +104,33 @@ def token_losses(model: Hymba, windows: np.ndarray) -> np.ndarray:
     return losses.masked_fill(targets < 0, math.nan).cpu().numpy()
 
 
-def mean_loss(model: Hymba, tokens: np.ndarray, length: int = 0, n_tokens: int = 2**18, record: int = 1) -> np.ndarray:
-    """Mean loss in nats of each of n_tokens / length windows of tokens -> (windows,). length 0: block_size."""
-    length = length or model.config.block_size
-    n = max(1, n_tokens // length)
-    return np.concatenate(
-        [np.nanmean(token_losses(model, w), axis=1) for w in batches(tokens, length, n, "loss", record)]
-    )
+def mean_losses(model: Hymba, text: Text, length: int = 0, n_tokens: int = 2**18) -> np.ndarray:
+    """Mean loss in nats of each window of the text -> (windows,)."""
+    windows = batches(model, text, length, n_tokens, "loss")
+    return np.concatenate([np.nanmean(token_losses(model, w), axis=1) for w in windows])
 
 
-def loss(
-    model: Hymba, tokens: np.ndarray, bytes_per_token: float = math.nan, length: int = 0, longest: int = 0,
-    n_tokens: int = 2**18, record: int = 1,
-) -> dict:  # fmt: skip
+def loss(model: Hymba, text: Text, length: int = 0, longest: int = 0, n_tokens: int = 2**18) -> dict:
     """Loss in nats per token, perplexity and bits per byte over windows of `length` (0: block_size), and the loss by
-    position in windows of `longest` (0: 8 times as long, or what the text has).
+    position in windows of `longest` (0: 8 times as long, or as the text).
 
-    positions are the numbers of tokens read (meta tokens not counted), in steps of a constant factor: entry i is the
-    mean over edges[i] <= position < edges[i + 1]. Errors are standard errors over windows.
+    A position is the number of tokens read, meta tokens not counted. Entry i is the mean over edges[i] <= position <
+    edges[i + 1], which grow by a constant factor. Errors are standard errors over windows.
     """
-    length = length or model.config.block_size
-    windows = mean_loss(model, tokens, length, n_tokens, record)
-    mean, error = (float(u) for u in mean_and_error(windows))
-    result = {"length": length, "windows": len(windows), "loss": mean, "error": error, "perplexity": math.exp(mean)}
-    result["bits_per_byte"] = mean / math.log(2) / bytes_per_token
-    if record > 1:
+    length = window(model, text, length)
+    windows = mean_losses(model, text, length, n_tokens)
+    mean, error = mean_and_error(windows)
+    bits = text.bytes_per_token and mean / math.log(2) / text.bytes_per_token
+    result = {"length": length, "windows": len(windows), "loss": mean, "error": error, "bits_per_byte": bits}
+    result["perplexity"] = math.exp(mean)
+    if text.record > 1:
         return result
-    longest = min(longest or 8 * length, len(tokens) - 1)
+    longest = min(longest or 8 * length, len(text.tokens) - 1)
     edges = np.unique(np.geomspace(1, longest + 1, 25).round().astype(int))
-    sums = [
-        np.add.reduceat(token_losses(model, w), edges[:-1] - 1, axis=1)
-        for w in batches(tokens, longest, max(16, n_tokens // longest), "by position")
-    ]
+    windows = batches(model, text, longest, max(16 * longest, n_tokens), "by position")
+    sums = [np.add.reduceat(token_losses(model, w), edges[:-1] - 1, axis=1) for w in windows]
     mean, error = mean_and_error(np.concatenate(sums) / np.diff(edges))
-    return result | {"edges": edges.tolist(), "by_position": mean.tolist(), "by_position_error": error.tolist()}
+    return result | {"edges": edges.tolist(), "by_position": mean, "by_position_error": error}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -130,23 +138,23 @@ def loss(
 
 
 @torch.no_grad()
-def recall(model: Hymba, tokens: np.ndarray, record: int, n: int = 2**30) -> dict:
-    """Accuracy of the answers in n records of a data set of recall.py, by the number of pairs that a record gives, and
-    the bytes of the cache that holds them. An answer is right if no other token of the vocabulary is likelier."""
+def recall(model: Hymba, text: Text, n_tokens: int = 2**30) -> dict:
+    """Accuracy of the answers in records of a data set of recall.py, by the number of pairs that a record gives, and the
+    bytes of the cache that holds them. An answer is right if no other token of the vocabulary is likelier."""
     shares = {}  # of right answers in each record, by its number of pairs
-    for windows in batches(tokens, record - 1, n, "recall", record):
+    for windows in batches(model, text, 0, n_tokens, "recall"):
         idx, targets = to_device(windows, model.embed.weight.device)
         asked = targets >= 0  # (b, T)
         x = hidden(model, idx)[asked].to(model.output.dtype)
         right = F.linear(x, model.output).argmax(-1) == targets[asked]
         for answers in right.split(asked.sum(1).tolist()):
             shares.setdefault(len(answers), []).append(answers.float().mean().item())
-    pairs = {}
-    for number in sorted(shares):
-        accuracy, error = mean_and_error(np.array(shares[number]))
-        pairs[str(number)] = {"accuracy": float(accuracy), "error": float(error)}
+    pairs = {
+        str(n): dict(zip(("accuracy", "error"), mean_and_error(np.array(u)), strict=True))
+        for n, u in sorted(shares.items())
+    }
     mean = float(np.mean([u["accuracy"] for u in pairs.values()]))
-    return {"pairs": pairs, "accuracy": mean, "cache_bytes": cost.cache_bytes(model.config, record - 1)}
+    return {"pairs": pairs, "accuracy": mean, "cache_bytes": cost.cache_bytes(model.config, text.record - 1)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -182,7 +190,7 @@ def likelihoods(engine: Engine, prompts: Tensor, answers: Tensor) -> tuple[Tenso
 
 
 def needle(
-    model: Hymba, tokenizer: Tokenizer, tokens: np.ndarray, lengths: list[int] | None = None,
+    model: Hymba, tokenizer: Tokenizer, text: Text, lengths: list[int] | None = None,
     depths: tuple[float, ...] = (0, 0.25, 0.5, 0.75, 1), n: int = 16, fact: str = "The pass key is {}.",
     choices: int = 10,
 ) -> dict:  # fmt: skip
@@ -200,7 +208,7 @@ def needle(
     begin = tokenizer.encode_ordinary("")  # what begins every text, if anything
     answers = codes(tokenizer, rng, n * choices, lead).reshape(n, choices, -1)  # the first of each is the right one
     need = len(begin) + 2 * (len(question) + answers.shape[2]) + len(end)
-    most = need + len(tokens) - 1
+    most = need + len(text.tokens) - 1
     usual = [int(model.config.block_size * share) for share in (0.25, 0.5, 1, 1.5, 2, 3, 4)]
     lengths = lengths or [length for length in usual if need <= length <= most]
     if not lengths or not need <= min(lengths) <= max(lengths) <= most:
@@ -210,9 +218,9 @@ def needle(
     for i, j in tqdm(cells, desc="needle", unit="cell", leave=False, disable=None):
         prompts, room, size = [], lengths[j] - need, max(1, AT_ONCE // lengths[j])
         for answer in answers[:, 0].tolist():
-            at, cut = rng.integers(len(tokens) - room), round(depths[i] * room)
-            text = tokens[at : at + room].tolist()
-            prompts.append([*begin, *text[:cut], *question, *answer, *end, *text[cut:], *question])
+            at, cut = rng.integers(len(text.tokens) - room), round(depths[i] * room)
+            hay = text.tokens[at : at + room].tolist()
+            prompts.append([*begin, *hay[:cut], *question, *answer, *end, *hay[cut:], *question])
         pieces = (torch.tensor(np.array(u), device=device).split(size) for u in (prompts, answers))
         parts = [likelihoods(engine, *piece) for piece in zip(*pieces, strict=True)]
         scores, greedy = (torch.cat(u) for u in zip(*parts, strict=True))  # (n, choices)
@@ -224,22 +232,6 @@ def needle(
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Heads removed
-
-
-@contextmanager
-def removed(block: Block, kind: str) -> Iterator[None]:
-    """In the with block, the attention ("attn") or SSM heads ("ssm") of a block give zeros. In a hybrid block, that is
-    their normalised branch, before the two are fused; in another, the whole mixer."""
-    mixer = block.mixer
-    if mixer.attn is not None and mixer.ssm is not None:
-        module, zeros = getattr(mixer, f"{kind}_branch_norm"), lambda _, args, y: torch.zeros_like(y)
-    else:
-        module, zeros = mixer, lambda _, args, out: (torch.zeros_like(out[0]), out[1])  # keys and values are handed on
-    hook = module.register_forward_hook(zeros)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def heads(model: Hymba, measure: Callable[[Hymba], float]) -> dict:
@@ -259,75 +251,8 @@ def heads(model: Hymba, measure: Callable[[Hymba], float]) -> dict:
 # Attention and memory
 
 
-class Watch:
-    """A block's cache that keeps nothing. It sums up what it sees of the tokens of the text: where attention goes, the
-    squares of the heads' outputs, and the steps dt of the SSM."""
-
-    ssm = None, None
-
-    def __init__(self, n_meta: int):
-        self.M, self.seen, self.queries = n_meta, 0.0, 0
-        self.squares, self.dt = {}, []
-
-    def keep(self, tail: Tensor, state: Tensor) -> None:
-        pass
-
-    def attend(self, q: Tensor, kv: tuple[Tensor, Tensor], attn) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Attention as it is. Its probabilities are summed over heads and queries, for some queries at a time: those on
-        each meta token, on the first token of the text, on the query's own, and on all others: seen (M + 3,)."""
-        (B, T, H, E), M, k = q.shape, self.M, kv[0].float().repeat_interleave(q.shape[2] // kv[0].shape[2], dim=2)
-        step, j = max(1, 2**24 // (B * H * T)), torch.arange(T, device=q.device)
-        for first in range(M, T, step):
-            i = j[first : first + step, None]
-            scores = torch.einsum("bthe,bshe->bhts", q[:, first : first + step].float(), k) / math.sqrt(E)
-            mask = (j <= i) & ((i - j < (attn.window or T)) | (j < M))
-            p = scores.masked_fill(~mask, -math.inf).softmax(-1).sum((0, 1))  # (t, T)
-            own = p.gather(1, i).sum()
-            start = p[:, M].masked_fill(i[:, 0] == M, 0).sum()  # what the first token gives itself is its own
-            meta = p[:, :M].sum(0)
-            self.seen += torch.cat([meta, torch.stack([start, own, p.sum() - meta.sum() - start - own])])
-        self.queries += B * H * (T - M)
-        return windowed_attention(q, *kv, attn.window, attn.n_meta), kv
-
-    def note_output(self, name: str, out: Tensor | tuple) -> None:
-        y = (out[0] if isinstance(out, tuple) else out)[:, self.M :].float()
-        total, n = self.squares.get(name, (0.0, 0))
-        self.squares[name] = total + y.square().sum().item(), n + y.numel()
-
-    def note_steps(self, dt: Tensor, bias: Tensor) -> None:
-        """dt, the last channels of (B, T, ...), are still without their bias."""
-        self.dt.append(F.softplus(dt[:, self.M :, -len(bias) :].float() + bias.float()).flatten(0, 1).mean(0))
-
-    def lengths(self, A_log: Tensor) -> Tensor:
-        """1 / (dt A) for each of the states of a block, in order: tokens in which exp(-m dt A) falls to 1 / e."""
-        dt = torch.stack(self.dt).mean(0)  # (D,), or (heads,) where all channels of a head have one dt and one A
-        return (1 / (dt[:, None] * torch.exp(A_log.float()).view(len(dt), -1))).flatten().sort().values
-
-
-@contextmanager
-def watching(model: Hymba) -> Iterator[list[Watch]]:
-    """A Watch for each block, which sees all forward passes of the with block."""
-    watches, hooks = [Watch(model.config.n_meta) for _ in model.blocks], []
-    for watch, block in zip(watches, model.blocks, strict=True):
-        give = partial(lambda watch, _, args, options: (args, options | {"cache": watch}), watch)
-        hooks.append(block.register_forward_pre_hook(give, with_kwargs=True))
-        for name in ("attn", "ssm", "attn_branch_norm", "ssm_branch_norm"):
-            if (module := getattr(block.mixer, name, None)) is not None:
-                note = partial(lambda watch, name, _, args, out: watch.note_output(name, out), watch, name)
-                hooks.append(module.register_forward_hook(note))
-        if ssm := block.mixer.ssm:
-            note = partial(lambda watch, bias, _, args, out: watch.note_steps(out, bias), watch, ssm.dt_bias)
-            source = getattr(ssm, "dt_proj", block.mixer.in_proj)  # Mamba-2 has dt last in the block's projection
-            hooks.append(source.register_forward_hook(note))
-    try:
-        yield watches
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 @torch.no_grad()
-def attention(model: Hymba, tokens: np.ndarray, length: int = 0, n_tokens: int = 2**15) -> dict:
+def attention(model: Hymba, text: Text, length: int = 0, n_tokens: int = 2**15) -> dict:
     """Over windows of `length` tokens (0: block_size), for each block, None where it has no such heads:
 
     - share: of attention on meta tokens, on the first token of the text, on the query's own and on all others, a mean
@@ -337,9 +262,8 @@ def attention(model: Hymba, tokens: np.ndarray, length: int = 0, n_tokens: int =
     - memory: effective length of a state, the number of tokens m for which exp(-m dt A) = 1 / e, where dt is the mean
       of its channel's steps over the text. The mean of the block, and what 10, 50 and 90% of its states stay below.
     """
-    length = length or model.config.block_size
     with watching(model) as watches:
-        for windows in batches(tokens, length, max(1, n_tokens // length), "attention"):
+        for windows in batches(model, text, length, n_tokens, "attention"):
             hidden(model, to_device(windows, model.embed.weight.device)[0])
     rows, M = [], model.config.n_meta
     for watch, block in zip(watches, model.blocks, strict=True):
@@ -354,16 +278,16 @@ def attention(model: Hymba, tokens: np.ndarray, length: int = 0, n_tokens: int =
             row["memory"] = {"mean": states.mean().item()}
             row["memory"] |= {f"{p}%": states[int(len(states) * p / 100)].item() for p in (10, 50, 90)}
         rows.append(row)
-    return {"length": length, "blocks": rows}
+    return {"length": window(model, text, length), "blocks": rows}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The command line
 
 
-def texts_of(args: Namespace, folder: Path, config: dict, tokenizer: Tokenizer | None) -> dict:
-    """By name, what a model is measured on: tokens, bytes per token, and the length of a record (1: none). Those are
-    --text, or else the validation split of --dataset, or else of the data set that the model was trained on."""
+def texts_of(args: Namespace, folder: Path, tokenizer: Tokenizer | None) -> dict[str, Text]:
+    """By name, what a model is measured on: --text, or else the validation split of --dataset, or else of the data set
+    that the model was trained on."""
     texts = {}
     for path in args.text:
         files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
@@ -372,60 +296,60 @@ def texts_of(args: Namespace, folder: Path, config: dict, tokenizer: Tokenizer |
         except UnicodeDecodeError as e:
             raise ValueError(f"{path} is not UTF-8 text: {e}") from None
         tokens = np.array(tokenizer.encode_ordinary(text), dtype=np.int64)
-        texts[str(path)] = tokens, len(text.encode()) / max(1, len(tokens)), 1
+        texts[str(path)] = Text(tokens, len(text.encode()) / max(1, len(tokens)))
     if texts:
         return texts
+    _, config, settings = checkpoint.read_config(folder)
     trained = config.get("train") or {}
     name = args.dataset or trained.get("dataset")
     if not name:
         raise ValueError(f"{folder} does not say what it was trained on: pass --text=FILE or --dataset=NAME")
-    command = trained.get("data_command", "") if name == trained.get("dataset") else ""
     data = Path(args.data_dir or trained.get("data_dir") or "data") / name
-    tokens, meta = prepare.open_split(data, "val", command)
-    if any(meta.get(key) != config.get(key) for key in ("tokenizer", "tokenizer_sha256")):
+    tokens, meta = prepare.open_split(data, "val", "" if args.dataset else trained.get("data_command", ""))
+    alike = all(meta.get(key) == config.get(key) for key in ("tokenizer", "tokenizer_sha256"))
+    if not alike or meta["vocab_size"] > settings.vocab_size:
         raise ValueError(f"{data} has other tokens than {folder}: prepare it with that tokenizer, or pass --text=FILE")
-    return {name: (tokens, meta["val"]["bytes"] / meta["val"]["tokens"], meta.get("record", 1))}
+    return {name: Text(tokens, meta["val"]["bytes"] / meta["val"]["tokens"], meta.get("record", 1))}
 
 
-def open_inputs(args: Namespace, name: str) -> tuple[Path, Tokenizer | None, dict]:
-    """A model's folder, its tokenizer if its tokens stand for text, and its texts. ValueError if the task cannot be
-    done with them: the model is loaded afterwards."""
+def open_inputs(args: Namespace, name: str) -> tuple[Path, Tokenizer | None, dict[str, Text]]:
+    """A model's folder, its tokenizer if its tokens stand for text, and its texts. Raises ValueError if the task cannot
+    be done with them, before any model is loaded."""
     folder = checkpoint.pretrained_folder(name, weights=False)
     config = read_json(folder / "config.json", may={"train": dict, "tokenizer": str, "tokenizer_sha256": str})
     tokenizer = None if config.get("tokenizer") == "none" else tokenizer_of(folder)
     if tokenizer is None and (args.text or args.task in ("needle", "harness")):
         raise ValueError(f"{folder}: its tokens stand for no text; use the tasks recall, loss, heads and attention")
-    texts = {} if args.task == "harness" else texts_of(args, folder, config, tokenizer)
-    need = args.length or checkpoint.read_config(folder)[2].block_size
-    for text, (tokens, _, record) in texts.items():
-        if args.task == "recall" and record == 1:
-            raise ValueError(f"{text} is no data set of recall.py, whose --help says how to make one and train on it")
-        if len(tokens) <= need and args.task != "needle":
-            raise ValueError(f"{text} has {len(tokens):,} tokens, too few for windows of {need:,} + 1: lower --length")
+    texts = {} if args.task == "harness" else texts_of(args, folder, tokenizer)
+    if args.task == "recall" and any(text.record == 1 for text in texts.values()):
+        raise ValueError(f"{', '.join(texts)}: no data set of recall.py, whose --help says how to train on one")
+    least = args.length or checkpoint.read_config(folder)[2].block_size
+    for path, text in texts.items():
+        if args.task != "needle" and len(text.tokens) <= least:
+            raise ValueError(
+                f"{path} has {len(text.tokens):,} tokens, too few for windows of {least:,}: lower --length"
+            )
     return folder, tokenizer, texts
 
 
-def measure(args: Namespace, model: Hymba, tokenizer: Tokenizer | None, texts: dict) -> dict:
+def measure(args: Namespace, model: Hymba, tokenizer: Tokenizer | None, texts: dict[str, Text]) -> dict:
     """What a task of the command line says of a model."""
-    tokens, _, record = next(iter(texts.values()), (None, 0, 1))
-    n, length = args.tokens or {"recall": 2**30, "heads": 2**16, "attention": 2**15}.get(args.task, 2**18), args.length
+    text, length = next(iter(texts.values()), None), args.length
+    n = args.tokens or {"recall": 2**30, "heads": 2**16, "attention": 2**15}.get(args.task, 2**18)
     if args.task == "loss":
-        return {"texts": {k: loss(model, u[0], u[1], length, args.longest, n, u[2]) for k, u in texts.items()}}
+        return {"texts": {name: loss(model, text, length, args.longest, n) for name, text in texts.items()}}
     if args.task == "recall":
-        return recall(model, tokens, record, n // record + 1)
+        return recall(model, text, n)
     if args.task == "needle":
         lengths = [int(u) for u in args.lengths.split(",")] if args.lengths else None
-        return needle(model, tokenizer, tokens, lengths, n=args.trials, fact=args.needle)
+        return needle(model, tokenizer, text, lengths, n=args.trials, fact=args.needle)
     if args.task == "heads":
-        result = {"loss": heads(model, lambda m: float(mean_loss(m, tokens, length, n, record).mean()))}
-        if record > 1:
-            result["recall"] = heads(model, lambda m: recall(m, tokens, record, n // record + 1)["accuracy"])
-        return result
+        result = {"loss": heads(model, lambda m: float(mean_losses(m, text, length, n).mean()))}
+        return result | ({"recall": heads(model, lambda m: recall(m, text, n)["accuracy"])} if text.record > 1 else {})
     if args.task == "attention":
-        return {"texts": {k: attention(model, u[0], length, n) for k, u in texts.items()}}
-    return {
-        "tasks": harness.results(model, tokenizer, args.tasks.split(","), length, args.limit, args.shots, args.include)
-    }
+        return {"texts": {name: attention(model, text, length, n) for name, text in texts.items()}}
+    options = dict(length=length, limit=args.limit, shots=args.shots, include=args.include)
+    return {"tasks": harness.results(model, tokenizer, args.tasks.split(","), **options)}
 
 
 def check_arguments(args: Namespace, names: list[str]) -> None:
@@ -464,9 +388,7 @@ def main(argv: list[str]) -> None:
     add("--out", type=Path, help="the JSON file; the picture has its name [beside the first folder]")
     add("--dataset", help="measure on its validation split [the data set that the model was trained on]")
     add("--data_dir", help="where data sets live [where it was, or data]")
-    add(
-        "--text", type=Path, action="append", default=[], help="measure on a text file or folder instead; several times"
-    )
+    add("--text", type=Path, action="append", default=[], help="measure on a file or folder instead; can be repeated")
     add("--tokens", type=int, default=0, help="how many to read [as many as take about a minute]")
     add("--length", type=int, default=0, help="tokens of a window, or context of harness [the model's block_size]")
     add("--longest", type=int, default=0, help="loss: largest position [8 times --length]")

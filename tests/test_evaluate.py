@@ -20,9 +20,11 @@ import ops
 import recall
 from conftest import MIXED, small, tokens
 from engine import Engine
+from evaluate import Text
 from tokenizer import load_tokenizer
 
-TEXT = tokens(700).numpy()
+TOKENS = tokens(700).numpy()
+TEXT = Text(TOKENS, bytes_per_token=2.0)
 BYTES = load_tokenizer("bytes", ".")
 
 
@@ -30,9 +32,9 @@ BYTES = load_tokenizer("bytes", ".")
 def test_loss_and_loss_by_position(pattern):
     """Against logits, window by window, and positions against one window alone."""
     model = small(pattern)
-    result = evaluate.loss(model, TEXT, bytes_per_token=2.0, length=20, longest=60, n_tokens=200)
+    result = evaluate.loss(model, TEXT, length=20, longest=60, n_tokens=200)
     starts = np.linspace(0, 700 - 21, 10).astype(int)
-    windows = torch.tensor(np.stack([TEXT[s : s + 21] for s in starts]))
+    windows = torch.tensor(np.stack([TOKENS[s : s + 21] for s in starts]))
     losses = F.cross_entropy(model(windows[:, :-1]).transpose(1, 2), windows[:, 1:], reduction="none").mean(1)
     assert result["windows"] == 10 and abs(result["loss"] - losses.mean().item()) < 1e-5
     assert abs(result["error"] - losses.std().item() / 10**0.5) < 1e-5
@@ -41,12 +43,12 @@ def test_loss_and_loss_by_position(pattern):
     edges = result["edges"]
     assert edges[0] == 1 and edges[-1] == 61 and len(result["by_position"]) == len(edges) - 1
     starts = np.linspace(0, 700 - 61, 700 // 61).astype(int)
-    windows = torch.tensor(np.stack([TEXT[s : s + 61] for s in starts]))
+    windows = torch.tensor(np.stack([TOKENS[s : s + 61] for s in starts]))
     losses = F.cross_entropy(model(windows[:, :-1]).transpose(1, 2), windows[:, 1:], reduction="none")
     for i in range(len(edges) - 1):
         expected = losses[:, edges[i] - 1 : edges[i + 1] - 1].mean().item()
         assert abs(result["by_position"][i] - expected) < 1e-4
-    assert len(evaluate.loss(model, TEXT[:300], length=32)["by_position"]) < 24  # 8 times 32 are 256
+    assert len(evaluate.loss(model, Text(TOKENS[:300]), length=32)["by_position"]) < 24  # 8 times 32 are 256
 
 
 def answers(records: np.ndarray) -> dict[bytes, np.ndarray]:
@@ -57,9 +59,9 @@ def test_recall_of_a_perfect_predictor_and_of_a_random_one(monkeypatch):
     pairs, length, vocab = (2, 4, 8), 32, 64
     rng = np.random.default_rng(0)
     records = np.concatenate([recall.draw(rng, p, 40, length, vocab) for p in pairs])
-    data = records.astype(np.int16).flatten()
+    text = Text(records.astype(np.int16).flatten(), record=length + 1)
     model = small("hM", vocab_size=vocab, n_embd=vocab, tied=False)
-    random = evaluate.recall(model, data, length + 1)
+    random = evaluate.recall(model, text)
     assert list(random["pairs"]) == ["2", "4", "8"] and random["accuracy"] < 0.15
     assert random["cache_bytes"] == cost.cache_bytes(model.config, length)
     expected = answers(records)
@@ -72,9 +74,9 @@ def test_recall_of_a_perfect_predictor_and_of_a_random_one(monkeypatch):
 
     model.lm_head = nn.Parameter(torch.eye(vocab))
     monkeypatch.setattr(model, "hidden", perfect)
-    assert [p["accuracy"] for p in evaluate.recall(model, data, length + 1)["pairs"].values()] == [1, 1, 1]
+    assert [p["accuracy"] for p in evaluate.recall(model, text)["pairs"].values()] == [1, 1, 1]
     monkeypatch.setattr(model, "hidden", lambda idx: perfect(idx, wrong=(4,)))
-    assert [p["accuracy"] for p in evaluate.recall(model, data, length + 1)["pairs"].values()] == [1, 0, 1]
+    assert [p["accuracy"] for p in evaluate.recall(model, text)["pairs"].values()] == [1, 0, 1]
 
 
 @pytest.mark.parametrize("pattern", MIXED)
@@ -97,7 +99,7 @@ def test_likelihoods_of_answers(pattern):
 def test_needle_of_a_reader_and_of_a_guesser(monkeypatch):
     """A stand-in that looks the code up gets everything, one that does not gets none; the prompts are what they say."""
     model, seen = small("hM", vocab_size=257, block_size=64), []
-    hay = np.frombuffer(b"some real text, again and again. " * 40, np.uint8)
+    hay = Text(np.frombuffer(b"some real text, again and again. " * 40, np.uint8))
 
     def look_up(engine, prompts, choices):
         seen.extend(prompts.tolist())
@@ -164,8 +166,8 @@ def test_attention(pattern, n_meta, monkeypatch):
         if block.mixer.ssm:
             keep = lambda m, args, out, key=(i, "dt"): kept.update({key: out})  # noqa: E731
             block.mixer.ssm.dt_proj.register_forward_hook(keep)
-    n = len(TEXT) // (T + 1)
-    windows = np.stack([TEXT[s : s + T] for s in np.linspace(0, len(TEXT) - T - 1, n).astype(int)])
+    n = len(TOKENS) // (T + 1)
+    windows = np.stack([TOKENS[s : s + T] for s in np.linspace(0, len(TOKENS) - T - 1, n).astype(int)])
     plain = model(torch.tensor(windows))
     monkeypatch.setattr(evaluate, "AT_ONCE", n * T)  # one batch
     result = evaluate.attention(small(pattern, n_meta=n_meta), TEXT, length=T, n_tokens=n * T)
@@ -334,7 +336,7 @@ def test_what_is_wrong_is_said_first(runs, corpus, tmp_path, monkeypatch):
         (["loss", a, "--tokens=-1"], "--tokens=-1: must be 0 or more"),
         (["loss", a, "--text=nowhere.txt"], "no file or folder nowhere.txt"),
         (["loss", a, f"--text={latin}"], "latin.txt is not UTF-8 text"),
-        (["loss", a, f"--text={tmp_path / 'short.txt'}"], "has 5 tokens, too few for windows of 24 .*lower --length"),
+        (["loss", a, f"--text={tmp_path / 'short.txt'}"], "has 5 tokens, too few for windows of 24: lower --length"),
         (["loss", a, "--dataset=none"], "no data set at"),
         (["loss", tmp_path / "nothing"], "does not say what it was trained on: pass --text=FILE or --dataset=NAME"),
         (["loss", tmp_path / "other"], "has other tokens than .*: prepare it with that tokenizer, or pass --text"),
