@@ -70,14 +70,20 @@ class Text:
     record: int = 1  # windows begin at its multiples, and are as long if it is more than 1
 
 
+def open_text(folder: Path | str, split: str = "val", command: str = "") -> tuple[Text, dict]:
+    """A split of a data set, and its meta.json. Raises what prepare.open_split raises."""
+    tokens, meta = prepare.open_split(folder, split, command)
+    return Text(tokens, meta[split]["bytes"] / meta[split]["tokens"], meta.get("record", 1)), meta
+
+
 def window(model: Hymba, text: Text, length: int = 0) -> int:
     """Tokens of a window: the length that was asked for, or else block_size; of records, what they have."""
     return text.record - 1 if text.record > 1 else length or model.config.block_size
 
 
 def batches(model: Hymba, text: Text, length: int, n_tokens: int, title: str) -> Iterator[np.ndarray]:
-    """About n_tokens in windows of T + 1 tokens, evenly spaced and disjoint -> (b, T + 1) at a time. A bar shows how far
-    it is. Raises ValueError if the text is too short."""
+    """About n_tokens in windows of T + 1 tokens, evenly spaced and disjoint -> (b, T + 1) at a time, and a bar.
+    Raises ValueError if the text is too short."""
     T = window(model, text, length)
     if len(text.tokens) <= T:
         raise ValueError(f"the text has {len(text.tokens):,} tokens, too few for windows of {T:,} + 1: lower --length")
@@ -139,8 +145,8 @@ def loss(model: Hymba, text: Text, length: int = 0, longest: int = 0, n_tokens: 
 
 @torch.no_grad()
 def recall(model: Hymba, text: Text, n_tokens: int = 2**30) -> dict:
-    """Accuracy of the answers in records of a data set of recall.py, by the number of pairs that a record gives, and the
-    bytes of the cache that holds them. An answer is right if no other token of the vocabulary is likelier."""
+    """Accuracy of the answers in records of a data set of recall.py, by the number of pairs that a record gives, and
+    the bytes of the cache that holds them. An answer is right if no other token of the vocabulary is likelier."""
     shares = {}  # of right answers in each record, by its number of pairs
     for windows in batches(model, text, 0, n_tokens, "recall"):
         idx, targets = to_device(windows, model.embed.weight.device)
@@ -271,7 +277,7 @@ def attention(model: Hymba, text: Text, length: int = 0, n_tokens: int = 2**15) 
         row |= {name: (total / n) ** 0.5 for name, (total, n) in watch.squares.items()}
         if watch.queries:
             seen = (watch.seen / watch.queries).tolist()
-            row["share"] = dict(zip(("meta", "first", "self", "others"), [sum(seen[:M]), *seen[M:]], strict=True))
+            row["share"] = dict(zip(("meta", "first", "self", "others"), [sum(seen[:M], 0.0), *seen[M:]], strict=True))
             row["meta"] = seen[:M]
         if watch.dt:
             states = watch.lengths(block.mixer.ssm.A_log)
@@ -305,11 +311,11 @@ def texts_of(args: Namespace, folder: Path, tokenizer: Tokenizer | None) -> dict
     if not name:
         raise ValueError(f"{folder} does not say what it was trained on: pass --text=FILE or --dataset=NAME")
     data = Path(args.data_dir or trained.get("data_dir") or "data") / name
-    tokens, meta = prepare.open_split(data, "val", "" if args.dataset else trained.get("data_command", ""))
+    text, meta = open_text(data, "val", "" if args.dataset else trained.get("data_command", ""))
     alike = all(meta.get(key) == config.get(key) for key in ("tokenizer", "tokenizer_sha256"))
     if not alike or meta["vocab_size"] > settings.vocab_size:
         raise ValueError(f"{data} has other tokens than {folder}: prepare it with that tokenizer, or pass --text=FILE")
-    return {name: Text(tokens, meta["val"]["bytes"] / meta["val"]["tokens"], meta.get("record", 1))}
+    return {name: text}
 
 
 def open_inputs(args: Namespace, name: str) -> tuple[Path, Tokenizer | None, dict[str, Text]]:
@@ -389,7 +395,9 @@ def main(argv: list[str]) -> None:
     add("--dataset", help="measure on its validation split [the data set that the model was trained on]")
     add("--data_dir", help="where data sets live [where it was, or data]")
     add("--text", type=Path, action="append", default=[], help="measure on a file or folder instead; can be repeated")
-    add("--tokens", type=int, default=0, help="how many to read [as many as take about a minute]")
+    add(
+        "--tokens", type=int, default=0, help="how many to read [loss 262144, heads 65536, attention 32768, recall all]"
+    )
     add("--length", type=int, default=0, help="tokens of a window, or context of harness [the model's block_size]")
     add("--longest", type=int, default=0, help="loss: largest position [8 times --length]")
     add("--needle", default="The pass key is {}.", help="needle: the fact; {} is the code [The pass key is {}.]")
@@ -420,8 +428,7 @@ def main(argv: list[str]) -> None:
     settings = {"task": args.task, "flags": argv, "device": str(device), "torch": torch.__version__}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(settings | {"models": models}, indent=1) + "\n")
-    pictures.print_table([row for name, r in models.items() for row in pictures.rows_of(args.task, name, r)])
-    pictures.draw(args.task, models, out.with_suffix(".png"))
+    pictures.show(args.task, models, out.with_suffix(".png"))
     print(f"the results: {out}")
 
 

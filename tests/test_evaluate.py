@@ -341,7 +341,7 @@ def test_what_is_wrong_is_said_first(runs, corpus, tmp_path, monkeypatch):
         (["loss", tmp_path / "nothing"], "does not say what it was trained on: pass --text=FILE or --dataset=NAME"),
         (["loss", tmp_path / "other"], "has other tokens than .*: prepare it with that tokenizer, or pass --text"),
         (["loss", a, "--out=x.txt"], "--out=x.txt: give the name of a .json file"),
-        (["recall", a], "words is no data set of recall.py"),
+        (["recall", a], "words: no data set of recall.py"),
         (["needle", r], "its tokens stand for no text"),
         (["loss", r, f"--text={latin}"], "its tokens stand for no text"),
         (["needle", a, "--needle=x"], "--needle: write {} where the code goes"),
