@@ -110,33 +110,35 @@ def token_losses(model: Hymba, windows: np.ndarray) -> np.ndarray:
     return losses.masked_fill(targets < 0, math.nan).cpu().numpy()
 
 
-def mean_losses(model: Hymba, text: Text, length: int = 0, n_tokens: int = 2**18) -> np.ndarray:
-    """Mean loss in nats of each window of the text -> (windows,)."""
-    windows = batches(model, text, length, n_tokens, "loss")
-    return np.concatenate([np.nanmean(token_losses(model, w), axis=1) for w in windows])
+def losses(model: Hymba, text: Text, length: int = 0, n_tokens: int = 2**18, title: str = "loss") -> np.ndarray:
+    """Loss in nats of each token in windows of the text -> (windows, T), NaN where it is not to be predicted."""
+    return np.concatenate([token_losses(model, w) for w in batches(model, text, length, n_tokens, title)])
 
 
 def loss(model: Hymba, text: Text, length: int = 0, longest: int = 0, n_tokens: int = 2**18) -> dict:
     """Loss in nats per token, perplexity and bits per byte over windows of `length` (0: block_size), and the loss by
-    position in windows of `longest` (0: 8 times as long, or as the text).
+    position: up to length in these windows, and beyond in windows of `longest` (0: 8 times as long, or as the text).
 
     A position is the number of tokens read, meta tokens not counted. Entry i is the mean over edges[i] <= position <
     edges[i + 1], which grow by a constant factor. Errors are standard errors over windows.
     """
-    length = window(model, text, length)
-    windows = mean_losses(model, text, length, n_tokens)
-    mean, error = mean_and_error(windows)
+    near, T = losses(model, text, length, n_tokens), window(model, text, length)
+    mean, error = mean_and_error(np.nanmean(near, axis=1))
     bits = text.bytes_per_token and mean / math.log(2) / text.bytes_per_token
-    result = {"length": length, "windows": len(windows), "loss": mean, "error": error, "bits_per_byte": bits}
-    result["perplexity"] = math.exp(mean)
-    if text.record > 1:
-        return result
-    longest = min(longest or 8 * length, len(text.tokens) - 1)
-    edges = np.unique(np.geomspace(1, longest + 1, 25).round().astype(int))
-    windows = batches(model, text, longest, max(16 * longest, n_tokens), "by position")
-    sums = [np.add.reduceat(token_losses(model, w), edges[:-1] - 1, axis=1) for w in windows]
-    mean, error = mean_and_error(np.concatenate(sums) / np.diff(edges))
-    return result | {"edges": edges.tolist(), "by_position": mean, "by_position_error": error}
+    result = {"length": T, "windows": len(near), "loss": mean, "error": error, "bits_per_byte": bits}
+    result |= {"perplexity": math.exp(mean), "edges": [1], "by_position": [], "by_position_error": []}
+    longest = min(longest or 8 * T, len(text.tokens) - 1)
+    parts = [(near, 1, T + 1)] if text.record == 1 else []
+    if parts and longest > T:
+        far = losses(model, text, longest, max(16 * longest, n_tokens), "by position")
+        parts.append((far, T + 1, longest + 1))
+    for rows, first, last in parts:
+        edges = np.unique(np.geomspace(first, last, math.ceil(3 * math.log2(last / first)) + 1).round().astype(int))
+        means, errors = mean_and_error(np.add.reduceat(rows, edges[:-1] - 1, axis=1) / np.diff(edges))
+        result["edges"] += edges[1:].tolist()
+        result["by_position"] += means
+        result["by_position_error"] += errors or [None] * len(means)
+    return result
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -350,7 +352,7 @@ def measure(args: Namespace, model: Hymba, tokenizer: Tokenizer | None, texts: d
         lengths = [int(u) for u in args.lengths.split(",")] if args.lengths else None
         return needle(model, tokenizer, text, lengths, n=args.trials, fact=args.needle)
     if args.task == "heads":
-        result = {"loss": heads(model, lambda m: float(mean_losses(m, text, length, n).mean()))}
+        result = {"loss": heads(model, lambda m: float(np.nanmean(losses(m, text, length, n))))}
         return result | ({"recall": heads(model, lambda m: recall(m, text, n)["accuracy"])} if text.record > 1 else {})
     if args.task == "attention":
         return {"texts": {name: attention(model, text, length, n) for name, text in texts.items()}}

@@ -47,7 +47,7 @@ def print_table(rows: list[dict]) -> None:
 def loss_rows(r: dict) -> Iterator[dict]:
     for text, u in r["texts"].items():
         numbers = {key: u[key] for key in ("loss", "error", "perplexity", "bits_per_byte")}
-        ends = list(zip(u.get("edges", [])[1:], u.get("by_position", []), strict=True))[::-4]  # of every fourth step
+        ends = list(zip(u["edges"][1:], u["by_position"], strict=True))[::-6]  # of every sixth step
         yield {"text": text} | numbers | {f"to {end:,}": value for end, value in reversed(ends)}
 
 
@@ -55,10 +55,10 @@ def draw_loss(plt, models: dict[str, dict]) -> None:
     _, ax = plt.subplots(figsize=(7, 4))
     for name, r in models.items():
         for text, u in r["texts"].items():
-            if "edges" in u:
-                label = f"{name}, {text}" if len(r["texts"]) > 1 else name
-                ax.errorbar(u["edges"][:-1], u["by_position"], u["by_position_error"], label=label, capsize=2)
-                ax.axvline(u["length"], color="0.8")
+            label = f"{name}, {text}" if len(r["texts"]) > 1 else name
+            errors = [error or 0 for error in u["by_position_error"]]
+            ax.errorbar(u["edges"][:-1], u["by_position"], errors, label=label, capsize=2)
+            ax.axvline(u["length"], color="0.8")
     ax.set(xscale="log", xlabel="tokens read", ylabel="nats per token")
     ax.legend()
 
@@ -145,14 +145,16 @@ def draw_attention(plt, models: dict[str, dict]) -> None:
             (sizes, "output, root mean square"),
             (memory, "memory, tokens"),
         ):
-            ax.set(xticks=x, xticklabels=r["pattern"], title=f"{name}: {title}")
+            ax.set(xticks=x, xticklabels=r["pattern"], title=title)
             ax.legend(fontsize=7)
-        sizes.set(yscale="log"), memory.set(yscale="log" if there else "linear")
+        shares.set(ylabel=name), sizes.set(yscale="log"), memory.set(yscale="log" if there else "linear")
         means = {t: [b["meta"] for b in u["blocks"] if b["meta"]] for t, u in r["texts"].items()}
-        means = {text: np.mean(lines, axis=0) for text, lines in means.items() if lines}
+        means = {Path(text).name: np.mean(lines, axis=0) for text, lines in means.items() if lines}
         if means:
             meta.imshow(list(means.values()), aspect="auto")
-        meta.set(yticks=range(len(means)), yticklabels=list(means), title=f"{name}: share of each meta token")
+        meta.set(yticks=range(len(means)), yticklabels=list(means), title="share of each meta token")
+        for ax, drawn in ((memory, there), (meta, means)):
+            ax.set_visible(bool(drawn))
 
 
 def harness_rows(r: dict) -> Iterator[dict]:

@@ -35,20 +35,23 @@ def test_loss_and_loss_by_position(pattern):
     result = evaluate.loss(model, TEXT, length=20, longest=60, n_tokens=200)
     starts = np.linspace(0, 700 - 21, 10).astype(int)
     windows = torch.tensor(np.stack([TOKENS[s : s + 21] for s in starts]))
-    losses = F.cross_entropy(model(windows[:, :-1]).transpose(1, 2), windows[:, 1:], reduction="none").mean(1)
+    near = F.cross_entropy(model(windows[:, :-1]).transpose(1, 2), windows[:, 1:], reduction="none")
+    losses = near.mean(1)
     assert result["windows"] == 10 and abs(result["loss"] - losses.mean().item()) < 1e-5
     assert abs(result["error"] - losses.std().item() / 10**0.5) < 1e-5
     assert abs(result["perplexity"] - math.exp(result["loss"])) < 1e-9
     assert abs(result["bits_per_byte"] - result["loss"] / math.log(2) / 2) < 1e-9
     edges = result["edges"]
-    assert edges[0] == 1 and edges[-1] == 61 and len(result["by_position"]) == len(edges) - 1
+    assert edges[0] == 1 and 21 in edges and edges[-1] == 61 and len(result["by_position"]) == len(edges) - 1
     starts = np.linspace(0, 700 - 61, 700 // 61).astype(int)
     windows = torch.tensor(np.stack([TOKENS[s : s + 61] for s in starts]))
-    losses = F.cross_entropy(model(windows[:, :-1]).transpose(1, 2), windows[:, 1:], reduction="none")
+    far = F.cross_entropy(model(windows[:, :-1]).transpose(1, 2), windows[:, 1:], reduction="none")
     for i in range(len(edges) - 1):
-        expected = losses[:, edges[i] - 1 : edges[i + 1] - 1].mean().item()
-        assert abs(result["by_position"][i] - expected) < 1e-4
-    assert len(evaluate.loss(model, Text(TOKENS[:300]), length=32)["by_position"]) < 24  # 8 times 32 are 256
+        part = (near if edges[i + 1] <= 21 else far)[:, edges[i] - 1 : edges[i + 1] - 1].mean(1)
+        assert abs(result["by_position"][i] - part.mean().item()) < 1e-4
+        assert abs(result["by_position_error"][i] - part.std().item() / len(part) ** 0.5) < 1e-4
+    assert evaluate.loss(model, Text(TOKENS[:100]), length=32)["edges"][-1] == 100  # 8 times 32 are more
+    assert evaluate.loss(model, Text(TOKENS[:33]), length=32)["error"] is None
 
 
 def answers(records: np.ndarray) -> dict[bytes, np.ndarray]:
