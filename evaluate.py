@@ -281,7 +281,7 @@ def attention(model: Hymba, text: Text, length: int = 0, n_tokens: int = 2**15) 
             seen = (watch.seen / watch.queries).tolist()
             row["share"] = dict(zip(("meta", "first", "self", "others"), [sum(seen[:M], 0.0), *seen[M:]], strict=True))
             row["meta"] = seen[:M]
-        if watch.dt:
+        if watch.steps:
             states = watch.lengths(block.mixer.ssm.A_log)
             row["memory"] = {"mean": states.mean().item()}
             row["memory"] |= {f"{p}%": states[int(len(states) * p / 100)].item() for p in (10, 50, 90)}

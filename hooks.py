@@ -39,7 +39,7 @@ class Watch:
 
     def __init__(self, n_meta: int):
         self.M, self.seen, self.queries = n_meta, 0.0, 0
-        self.squares, self.dt = {}, []
+        self.squares, self.dt, self.steps = {}, 0.0, 0
 
     def keep(self, tail: Tensor, state: Tensor) -> None:
         pass
@@ -68,11 +68,12 @@ class Watch:
 
     def note_steps(self, dt: Tensor, bias: Tensor) -> None:
         """dt, the last channels of (B, T, ...), are still without their bias."""
-        self.dt.append(F.softplus(dt[:, self.M :, -len(bias) :].float() + bias.float()).flatten(0, 1).mean(0))
+        dt = F.softplus(dt[:, self.M :, -len(bias) :].float() + bias.float()).flatten(0, 1)
+        self.dt, self.steps = self.dt + dt.sum(0), self.steps + len(dt)
 
     def lengths(self, A_log: Tensor) -> Tensor:
         """1 / (dt A) for each of the states of a block, in order: tokens in which exp(-m dt A) falls to 1 / e."""
-        dt = torch.stack(self.dt).mean(0)  # (D,), or (heads,) where all channels of a head have one dt and one A
+        dt = self.dt / self.steps  # (D,), or (heads,) where all channels of a head have one dt and one A
         return (1 / (dt[:, None] * torch.exp(A_log.float()).view(len(dt), -1))).flatten().sort().values
 
 

@@ -45,13 +45,16 @@ def draw(rng: np.random.Generator, n_pairs: int, n: int, length: int, vocab: int
 
 
 def write(path: Path, pairs: list[int], n: int, seed: int, length: int, vocab: int) -> dict:
-    """Write n records, the numbers of pairs in turn, and return the split's entry of meta.json."""
+    """Write n records, and return the split's entry of meta.json. Each number of pairs comes once in so many records as
+    there are numbers, in any order: evenly spaced records have all."""
     sha256 = hashlib.sha256()
     with open(path, "wb") as f, tqdm(total=n, desc=path.name, unit="record", disable=None) as bar:
         for first in range(0, n, 256 * len(pairs)):  # some at a time: memory is bounded
             rng, size = np.random.default_rng((seed, first)), min(256 * len(pairs), n - first)
-            parts = [draw(rng, p, 256, length, vocab) for p in pairs]
-            records = np.stack(parts, axis=1).reshape(-1, length + 1)[:size].astype(prepare.DTYPES["int16"])
+            records = np.stack([draw(rng, p, 256, length, vocab) for p in pairs], axis=1)
+            order = rng.permuted(np.tile(np.arange(len(pairs)), (256, 1)), axis=1)
+            records = np.take_along_axis(records, order[..., None], axis=1).reshape(-1, length + 1)[:size]
+            records = records.astype(prepare.DTYPES["int16"])
             f.write(records)
             sha256.update(records)
             bar.update(size)
