@@ -214,6 +214,10 @@ def needle(
     lead = before[len(before.rstrip()) :]  # goes with the code: a space belongs to the token behind it
     question, end = (encode_piece(tokenizer, u) for u in ("\n" + before.rstrip(), after + "\n"))
     begin = tokenizer.encode_ordinary("")  # what begins every text, if anything
+    if not 1 <= n * choices <= 10_000:
+        raise ValueError(
+            f"--trials={n}: must be 1 or more, and at most {10_000 // choices:,}: there are not enough codes"
+        )
     answers = codes(tokenizer, rng, n * choices, lead).reshape(n, choices, -1)  # the first of each is the right one
     need = len(begin) + 2 * (len(question) + answers.shape[2]) + len(end)
     most = need + len(text.tokens) - 1
@@ -324,7 +328,8 @@ def open_inputs(args: Namespace, name: str) -> tuple[Path, Tokenizer | None, dic
     """A model's folder, its tokenizer if its tokens stand for text, and its texts. Raises ValueError if the task cannot
     be done with them, before any model is loaded."""
     folder = checkpoint.pretrained_folder(name, weights=False)
-    config = read_json(folder / "config.json", may={"train": dict, "tokenizer": str, "tokenizer_sha256": str})
+    trained = {"dataset": str, "data_dir": str, "data_command": str}
+    config = read_json(folder / "config.json", may={"train": trained, "tokenizer": str, "tokenizer_sha256": str})
     tokenizer = None if config.get("tokenizer") == "none" else tokenizer_of(folder)
     if tokenizer is None and (args.text or args.task in ("needle", "harness")):
         raise ValueError(f"{folder}: its tokens stand for no text; use the tasks recall, loss, heads and attention")
@@ -366,7 +371,7 @@ def check_arguments(args: Namespace, names: list[str]) -> None:
         raise ValueError("give one model or more: --init_from=FOLDER [FOLDER ...]")
     if len(set(names)) < len(names):
         raise ValueError(f"--init_from names {next(n for n in names if names.count(n) > 1)} twice")
-    for name, least in (("tokens", 0), ("length", 0), ("longest", 0), ("trials", 1), ("limit", 1), ("shots", 0)):
+    for name, least in (("tokens", 0), ("length", 0), ("longest", 0), ("limit", 1), ("shots", 0)):
         if (value := getattr(args, name)) is not None and value < least:
             raise ValueError(f"--{name}={value}: must be {least} or more")
     for path in args.text:

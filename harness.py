@@ -65,8 +65,8 @@ def adapter(model: Hymba, tokenizer: Tokenizer, length: int = 0):
                 for piece, target in zip(x.split(1024), idx[:, 1:][asked].split(1024), strict=True):
                     logits = F.linear(piece, model.output).float()
                     log_p = logits.log_softmax(-1).gather(1, target[:, None])[:, 0]
-                    scores.append(torch.stack([log_p, (logits.argmax(-1) == target).float()]).double())
-                parts = torch.cat(scores, dim=1).cpu().split(asked.sum(1).tolist(), dim=1)
+                    scores.append(torch.stack([log_p, (logits.argmax(-1) == target).float()]).cpu())
+                parts = torch.cat(scores, dim=1).double().split(asked.sum(1).tolist(), dim=1)
                 for i, (log_p, greedy) in zip(now, parts, strict=True):
                     results[i] = log_p.sum().item(), bool(greedy.all())
                 bar.update(len(now))
