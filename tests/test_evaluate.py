@@ -325,7 +325,7 @@ def test_what_is_wrong_is_said_first(runs, corpus, tmp_path, monkeypatch):
     (tmp_path / "short.txt").write_text("short")
     (tmp_path / "model").mkdir()
     config = json.loads((a / "best/config.json").read_text())
-    for name, change in (("other", {"tokenizer": "bpe:300"}), ("nothing", {"train": {}})):
+    for name, change in (("other", {"tokenizer": "bpe:300"}), ("nothing", {"train": None})):
         shutil.copytree(a / "best", tmp_path / name)
         (tmp_path / name / "config.json").write_text(json.dumps(config | change))
     prepare_bpe(corpus / "words", "bpe", tmp_path / "data")

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import losses, train_here
+from runs import ROOT, losses, train_here
 
+import flags
 import prepare
 import recall
 import train
 from conftest import small
+from model import Hymba, HymbaConfig
 
 FLAGS = ["--dataset=recall", "--block_size=16", "--n_meta=0", "--vocab_size=32"]
 
@@ -98,3 +100,15 @@ def test_training_on_records(tmp_path, monkeypatch):
         train_here(tmp_path, *FLAGS, f"--out_dir={tmp_path / 'c'}", "--block_size=8")
     with pytest.raises(ValueError, match="stand for no text .*--sample_tokens=0"):
         train_here(tmp_path, *FLAGS, f"--out_dir={tmp_path / 'c'}", "--sample_tokens=5")
+
+
+def test_systems_of_the_same_size():
+    """config/recall: as many parameters within 0.1%, on the data set that recall.py makes unasked."""
+    sizes = {}
+    for file in sorted((ROOT / "config/recall").glob("*.py")):
+        cfg, model_args = flags.parse([str(file)])
+        assert (cfg.dataset, model_args["block_size"], cfg.sample_tokens) == ("recall", 4 * 256, 0)
+        with torch.device("meta"):
+            sizes[file.stem] = Hymba(HymbaConfig(vocab_size=8 * 256, **model_args)).num_params()
+    assert len(sizes) == 5 and max(sizes.values()) / min(sizes.values()) < 1.002, sizes
+    assert round(sizes["hymba"] / 1e6, 2) == 1.36
