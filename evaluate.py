@@ -214,12 +214,8 @@ def needle(
     lead = before[len(before.rstrip()) :]  # goes with the code: a space belongs to the token behind it
     question, end = (encode_piece(tokenizer, u) for u in ("\n" + before.rstrip(), after + "\n"))
     begin = tokenizer.encode_ordinary("")  # what begins every text, if anything
-    if not 1 <= n * choices <= 10_000:
-        raise ValueError(
-            f"--trials={n}: must be 1 or more, and at most {10_000 // choices:,}: there are not enough codes"
-        )
-    answers = codes(tokenizer, rng, n * choices, lead).reshape(n, choices, -1)  # the first of each is the right one
-    need = len(begin) + 2 * (len(question) + answers.shape[2]) + len(end)
+    pool = codes(tokenizer, rng, 1000, lead)  # (1000, L)
+    need = len(begin) + 2 * (len(question) + pool.shape[1]) + len(end)
     most = need + len(text.tokens) - 1
     usual = [int(model.config.block_size * share) for share in (0.25, 0.5, 1, 1.5, 2, 3, 4)]
     lengths = lengths or [length for length in usual if need <= length <= most]
@@ -229,6 +225,7 @@ def needle(
     cells = [(i, j) for j in range(len(lengths)) for i in range(len(depths))]
     for i, j in tqdm(cells, desc="needle", unit="cell", leave=False, disable=None):
         prompts, room, size = [], lengths[j] - need, max(1, AT_ONCE // lengths[j])
+        answers = np.stack([rng.choice(pool, choices, replace=False) for _ in range(n)])  # (n, choices, L): right first
         for answer in answers[:, 0].tolist():
             at, cut = rng.integers(len(text.tokens) - room), round(depths[i] * room)
             hay = text.tokens[at : at + room].tolist()
@@ -378,6 +375,8 @@ def check_arguments(args: Namespace, names: list[str]) -> None:
         if not path.exists():
             raise FileNotFoundError(f"no file or folder {path}")
     if args.task == "needle":
+        if not 1 <= args.trials <= 10_000:
+            raise ValueError(f"--trials={args.trials}: must be between 1 and 10,000")
         if args.needle.count("{}") != 1 or not args.needle.partition("{}")[0].strip():
             raise ValueError("--needle: write {} where the code goes, once and behind some text")
         if args.lengths and not re.fullmatch(r"[0-9]{1,9}(,[0-9]{1,9})*", args.lengths):
