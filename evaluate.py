@@ -300,10 +300,14 @@ def texts_of(args: Namespace, folder: Path, tokenizer: Tokenizer | None) -> dict
     texts = {}
     for path in args.text:
         files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
-        try:
-            text = "\n".join(file.read_text(encoding="utf-8") for file in files)
-        except UnicodeDecodeError as e:
-            raise ValueError(f"{path} is not UTF-8 text: {e}") from None
+        parts = []
+        for file in files:
+            try:
+                parts.append(file.read_text(encoding="utf-8"))
+            except UnicodeDecodeError as e:
+                if not path.is_dir():  # a folder may have other files, too
+                    raise ValueError(f"{path} is not UTF-8 text: {e}") from None
+        text = "\n".join(parts)
         tokens = np.array(tokenizer.encode_ordinary(text), dtype=np.int64)
         texts[str(path)] = Text(tokens, len(text.encode()) / max(1, len(tokens)))
     if texts:

@@ -89,6 +89,8 @@ def draw_needle(plt, models: dict[str, dict]) -> None:
     for column, (name, r) in zip(axes.T, models.items(), strict=True):
         for ax, what in zip(column, ("greedy", "choice"), strict=True):
             ax.imshow(r[what], vmin=0, vmax=1, aspect="auto", cmap="viridis")
+            for (i, j), share in np.ndenumerate(r[what]):
+                ax.text(j, i, f"{share:.2f}", ha="center", va="center", color="black" if share > 0.6 else "white")
             ax.set(xticks=range(len(r["lengths"])), xticklabels=r["lengths"], xlabel="tokens")
             ax.set(yticks=range(len(r["depths"])), yticklabels=r["depths"], ylabel="depth", title=f"{name}: {what}")
 

@@ -273,6 +273,9 @@ def test_loss_command(runs, capsys):
         assert (runs / "out/a_loss.png").stat().st_size > 5000
     text = runs / "some.txt"
     text.write_text("é" * 300)
+    (runs / "folder").mkdir()
+    (runs / "folder/image.png").write_bytes(b"\x89PNG")  # no text: left out
+    text = text.rename(runs / "folder/some.txt").parent
     result, _ = run(capsys, "loss", b / "last", f"--text={text}", f"--out={runs / 'x/y.json'}", "--longest=100")
     text = result["models"][str(b / "last")]["texts"][str(text)]
     assert text["edges"][-1] == 101 and abs(text["bits_per_byte"] - text["loss"] / math.log(2)) < 1e-9
