@@ -56,7 +56,8 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 GROUP = 20  # documents of which one is for validation
 OUTPUTS = {"train.bin", "val.bin", "meta.json", "tokenizer.tiktoken"}  # the only files that --overwrite removes
 PIECE = 2**18  # bytes tokenized in one go; tiktoken's regex gives up on runs of about 2**20 spaces
-DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}  # of tokens on disk, by the name in meta.json
+# Of tokens on disk, by the name in meta.json. With a sign, ~t (negative) is a token t that is not to be predicted.
+DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4"), "int16": np.dtype("<i2")}
 
 
 META = {"tokenizer": str, "vocab_size": int, "eot": int, "dtype": str}  # of meta.json, with these of each split:
@@ -65,7 +66,7 @@ META |= {split: {"tokens": int, "bytes": int, "documents": int, "sha256": str} f
 
 def open_split(folder: Path | str, split: str, command: str = "") -> tuple[np.memmap, dict]:
     """
-    The tokens of a split ("train" or "val") and the settings in meta.json. The tokens are (n,) uint16 or uint32, mapped
+    The tokens of a split ("train" or "val") and the settings in meta.json. The tokens are (n,) of one of DTYPES, mapped
     from disk and read-only. Raises FileNotFoundError if there is no data set, naming the command that makes it. Raises
     ValueError if meta.json is corrupt, or if a file's size is not the one there, or, up to 1 GiB, its checksum: larger
     files would delay each start of training by seconds.
@@ -81,15 +82,16 @@ def open_split(folder: Path | str, split: str, command: str = "") -> tuple[np.me
         raise FileNotFoundError(f"no data set at {folder}; prepare it with: {command}")
     again = f"rebuild it with: {command} --overwrite"
     try:
-        meta = read_json(folder / "meta.json", META)
-        dtype = DTYPES.get(meta["dtype"])
-        if not dtype or not 0 <= meta["eot"] < meta["vocab_size"] <= 2**24 or meta[split]["bytes"] < 1:
+        meta = read_json(folder / "meta.json", META, {"record": int})
+        dtype, record = DTYPES.get(meta["dtype"]), meta.get("record", 1)  # every window begins at a multiple
+        good = 0 <= meta["eot"] < meta["vocab_size"] <= 2**24 and meta[split]["bytes"] >= 1 and record >= 1
+        if not (dtype and good) or meta[split]["tokens"] % record:
             raise ValueError(f"{folder / 'meta.json'} is corrupt: its sizes or its dtype cannot be")
     except FileNotFoundError:
         raise ValueError(f"{folder} has no meta.json; {again}") from None
     except ValueError as e:
         raise ValueError(f"{e}; {again}") from None
-    if meta["tokenizer"] != "bytes" and "--tokenizer" not in again:
+    if meta["tokenizer"] not in ("bytes", "none") and "--tokenizer" not in again:
         again += f" --tokenizer={meta['tokenizer']}"
     path, n_bytes = folder / f"{split}.bin", meta[split]["tokens"] * dtype.itemsize
     size = path.stat().st_size if path.is_file() else 0

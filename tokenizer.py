@@ -48,6 +48,8 @@ def load_tokenizer(spec: str, folder: Path | str, sha256: str | None = None) -> 
 
     Raises ValueError (bad spec, corrupt file), FileNotFoundError (no such file) or ConnectionError (cannot download).
     """
+    if spec == "none":
+        raise ValueError("the tokens of its data set stand for no text (to train on them: --sample_tokens=0)")
     if spec == "bytes":
         ranks = {bytes([b]): b for b in range(256)}
         return tiktoken.Encoding("bytes", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={EOT: 256})
@@ -199,6 +201,11 @@ def tokenizer_of(folder: Path) -> Tokenizer:
         return load_tokenizer(config["tokenizer"], folder, config.get("tokenizer_sha256"))
     except ValueError as e:
         raise ValueError(f"{file}: {e}") from None
+
+
+def encode_piece(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The tokens of a piece of text, without the one that begins every text of some released models."""
+    return tokenizer.encode(text) if isinstance(tokenizer, ReleasedTokenizer) else tokenizer.encode_ordinary(text)
 
 
 def stops(tokenizer: Tokenizer) -> set[int]:

@@ -78,16 +78,25 @@ def parse_stages(cfg: TrainConfig, block_size: int) -> list[tuple[int, int]]:
     return [(sum(steps[:i]), length) for i, length in enumerate(lengths)]
 
 
-def draw_windows(sets: list[np.ndarray], mix: float, seed: tuple[int, ...], n: int, T: int) -> np.ndarray:
-    """n random windows of T + 1 tokens (n, T + 1), each from sets[1] with probability mix: a function of seed."""
+def draw_windows(
+    sets: list[np.ndarray], mix: float, seed: tuple[int, ...], n: int, T: int, record: int = 1
+) -> np.ndarray:
+    """n random windows of T + 1 tokens (n, T + 1), each from sets[1] with probability mix: a function of seed. They
+    begin at multiples of record."""
     rng = np.random.default_rng(seed)
     which, where = rng.random(n) < mix, rng.random(n)
     windows = []
     for second, u in zip(which, where, strict=True):
         data = sets[int(second)]
-        start = int(u * (len(data) - T))
+        start = int(u * ((len(data) - T - 1) // record + 1)) * record
         windows.append(data[start : start + T + 1])
     return np.stack(windows).astype(np.int64)
+
+
+def even_starts(n_tokens: int, T: int, n: int, record: int = 1) -> np.ndarray:
+    """Where up to n windows of T + 1 tokens begin, evenly spaced over n_tokens, at multiples of record."""
+    there = (n_tokens - T - 1) // record + 1
+    return np.linspace(0, there - 1, min(n, there)).astype(int) * record
 
 
 def optimizer_for(model: Hymba, cfg: TrainConfig) -> torch.optim.AdamW:
@@ -130,10 +139,12 @@ def plot_loss(metrics: Path, picture: Path) -> None:
 
 
 def to_device(windows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Inputs and targets (n, T) of windows (n, T + 1) of tokens. The host does not wait for the copy."""
+    """Inputs and targets (n, T) of windows (n, T + 1) of tokens. The host does not wait for the copy.
+
+    A token t that is not to be predicted stands there as ~t: negative, as the model's targets are then."""
     windows = torch.from_numpy(windows)
     windows = (windows.pin_memory() if device.type == "cuda" else windows).to(device, non_blocking=True)
-    return windows[:, :-1], windows[:, 1:]
+    return torch.maximum(windows, ~windows)[:, :-1], windows[:, 1:]
 
 
 def mean_loss(model: torch.nn.Module, idx: Tensor, targets: Tensor) -> Tensor:
@@ -228,6 +239,7 @@ class Data:
     train: list[np.ndarray]
     val: np.ndarray
     meta: dict
+    record: int  # windows begin at its multiples: 1, or the length of a record
     checksums: dict[str, str]  # of all of them
     tokenizer: Tokenizer | None  # None if nothing needs it
     tokenizer_file: bytes | None  # tokenizer.tiktoken of the data set, which goes into every checkpoint
@@ -333,13 +345,13 @@ def open_data(cfg: TrainConfig, rank: int, world: int) -> Data:
     checksums = {split: meta[split]["sha256"] for split in ("train", "val")}
     if cfg.sample_tokens:
         tokenizer.encode_ordinary(cfg.prompt)
-    data = Data(folder, [train], val, meta, checksums, tokenizer, file)
+    data = Data(folder, [train], val, meta, meta.get("record", 1), checksums, tokenizer, file)
     if cfg.anneal_dataset:
         other = Path(cfg.data_dir) / cfg.anneal_dataset
         second, second_meta = prepare.open_split(other, "train")
         second_file = other / "tokenizer.tiktoken"
         second_file = second_file.read_bytes() if second_file.is_file() else None
-        if spec != second_meta["tokenizer"] or file != second_file:
+        if spec != second_meta["tokenizer"] or file != second_file or data.record != second_meta.get("record", 1):
             raise ValueError(f"{cfg.dataset} and {cfg.anneal_dataset} have different tokenizers: prepare both alike")
         data.train.append(second)
         checksums["anneal"] = second_meta["train"]["sha256"]
@@ -360,6 +372,8 @@ def configure(cfg: TrainConfig, model_args: dict, data: Data) -> tuple[HymbaConf
     for name, tokens in [("train", data.train[0]), ("val", data.val), ("anneal", data.train[-1])]:
         if len(tokens) <= longest:
             raise ValueError(f"the {name} data has {len(tokens)} tokens: too few for sequences of {longest} + 1")
+    if data.record > 1 and {length + 1 for _, length in stages} != {data.record}:
+        raise ValueError(f"records of data set {cfg.dataset} need block_size={data.record - 1}, at all stages")
     return config, stages
 
 
@@ -442,7 +456,7 @@ def train_step(run: Run, step: int) -> Tensor:
     run.model.config.block_size = T  # RoPE's base follows it
     decaying = cfg.anneal_dataset and step >= cfg.max_steps - cfg.decay_steps
     mix = cfg.anneal_mix if decaying else 0.0
-    windows = draw_windows(run.data.train, mix, (cfg.seed, step), n_local * run.world, T)
+    windows = draw_windows(run.data.train, mix, (cfg.seed, step), n_local * run.world, T, run.data.record)
     pieces = np.split(windows[run.rank * n_local : (run.rank + 1) * n_local], n_local // micro)
     loss = run.gradients(pieces)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), cfg.grad_clip or math.inf)
@@ -459,9 +473,8 @@ def evaluate(run: Run) -> tuple[float, float]:
 
     What was compiled for training is used here, too: without gradients, it would have to be compiled anew.
     """
-    val, (T, micro, _) = run.data.val, run.batch(run.step - 1)
-    n = min(run.cfg.eval_windows, len(val) - T)  # there are not more
-    starts = np.linspace(0, len(val) - T - 1, n).astype(int)[run.rank :: run.world]
+    val, record, (T, micro, _) = run.data.val, run.data.record, run.batch(run.step - 1)
+    starts = even_starts(len(val), T, run.cfg.eval_windows, record)[run.rank :: run.world]
     total = torch.zeros(2, device=run.device)
     for i in range(0, len(starts), micro):
         windows = np.stack([val[s : s + T + 1] for s in starts[i : i + micro]]).astype(np.int64)

@@ -14,15 +14,17 @@ import torch
 from runs import ROOT, prepare_bpe
 
 import cost
+import evaluate
 import prepare
+import recall
 import sample
 import train
 
 PAGES = ["README.md", "docs/data.md", "docs/weights.md", "docs/training.md", "docs/robustness.md", "docs/speed.md"]
-PAGES += ["docs/systems.md"]
+PAGES += ["docs/systems.md", "docs/evaluation.md"]
 TOY = "--n_embd=16 --n_head=2 --n_kv_head=1 --d_state=2 --n_meta=2 --window=8 --block_size=16 --batch_size=2"
 TOY += " --max_steps=2 --grad_accum=1 --eval_windows=2 --sample_tokens=3 --threads=1 --device=cpu"
-ELSEWHERE = r"pip |pytest|bench\.py|nvidia/|shakespeare"  # network, GPU, or minutes
+ELSEWHERE = r"pip |pytest|bench\.py|nvidia/|shakespeare|evaluate\.py harness"  # network, GPU, or minutes
 
 
 def commands(page: str) -> list[str]:
@@ -77,12 +79,17 @@ def test_every_command(small_sources):
 
 
 def run(script: str, argv: list[str]) -> None:
-    main = {"train.py": train, "sample.py": sample, "prepare.py": prepare, "cost.py": cost}[script].main
+    scripts = {"train.py": train, "sample.py": sample, "prepare.py": prepare, "recall.py": recall}
+    main = (scripts | {"evaluate.py": evaluate, "cost.py": cost})[script].main
     if "--help" in argv:
         with contextlib.suppress(SystemExit):
             main(argv)
     elif script == "train.py":
-        main([*argv, *TOY.split(), "--n_hidden=16"])
+        main([*argv, *TOY.split(), "--n_hidden=16", *["--sample_tokens=0"] * ("recall" in "".join(argv))])
+    elif script == "evaluate.py":
+        main([*argv, "--tokens=200", "--trials=1", "--device=cpu"])
+    elif script == "recall.py":
+        main([*argv, "--pairs=2,4", "--records=50"])
     elif script == "sample.py":
         main([*argv, "--max_new_tokens=3", "--device=cpu"])
     elif any("bpe:" in word for word in argv):
@@ -93,8 +100,9 @@ def run(script: str, argv: list[str]) -> None:
 
 
 def test_python_of_the_pages(small_sources):
-    """The lines in docs/weights.md that use the engine."""
+    """The lines in docs/weights.md that use the engine, and the ones in docs/evaluation.md that measure."""
     train.main(TOY.split())
-    blocks = re.findall(r"(?:^(?:    .*)?\n)+", (ROOT / "docs/weights.md").read_text(), re.M)
-    (block,) = [b for b in blocks if "from engine import" in b]
-    exec(re.sub("^    ", "", block, flags=re.M), {"print": lambda *_: None})
+    for page, line in (("weights", "from engine import"), ("evaluation", "import evaluate\n")):
+        blocks = re.findall(r"(?:^(?:    .*)?\n)+", (ROOT / f"docs/{page}.md").read_text(), re.M)
+        (block,) = [b for b in blocks if line in b]
+        exec(re.sub("^    ", "", block, flags=re.M), {"print": lambda *_: None})

@@ -31,9 +31,11 @@ from runs import ROOT, prepare_bpe, run_train, wait_for
 
 import bench
 import checkpoint
+import evaluate
 import files
 import flags
 import prepare
+import recall
 import sample
 import tokenizer
 import train
@@ -324,6 +326,18 @@ OTHERS = {
         "x", "plot nowhere.json", "plot /dev/null", "scan --repeats=0", "scan --tokens=x", "scan --tokens=-1",
         "scan --repeats=x", "attention", "decode --batches=0", "scan --nothing",
     ],
+    ("evaluate.py", evaluate.main): [
+        "x", "loss --tokens=-1", "loss --tokens=x", "loss --length=99999999", "loss --length=-1", "loss --text=/none",
+        "loss --text=/dev/null", "loss --dataset=../none", "loss --dataset=/", "loss --data_dir=/dev/null", "loss .",
+        "loss --out=/dev/null/x.json", "loss --out=/", "loss --out=x", "loss /nowhere", "loss --device=meta", "recall",
+        "loss --dtype=int8", "loss --nothing", "needle --trials=0", "needle --trials=99999999", "needle --needle=",
+        "needle --needle={}", "needle --lengths=-1", "needle --lengths=9", "needle --lengths=,", "harness",
+        "needle --lengths=999999999", "harness --limit=0", "heads --kernels=2",
+    ],
+    ("recall.py", recall.main): [
+        "x", "--pairs=", "--pairs=0", "--pairs=1,,2", "--pairs=-1", "--pairs=99999", "--records=0", "--records=-1",
+        "--records=1e9", "--name=../x", "--name=", "--data_dir=/dev/null/x", "--overwrite=2", "--records=99999999999",
+    ],
 }  # fmt: skip
 
 
@@ -331,6 +345,7 @@ OTHERS = {
 def test_flags_of_the_others(run, script, word, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     argv = {"sample.py": [f"--init_from={run[0] / 'out'}", "--device=cpu"], "prepare.py": [str(run[0] / "words.txt")]}
+    argv["evaluate.py"] = argv["sample.py"]
     argv = argv.get(script[0], []) + (["--name=x"] if script[0] == "prepare.py" and "--name" not in word else [])
     attempt(f"flags of {script[0]}", *script, [*argv, *word.split(" ", 1)], may_end_well=False)
 

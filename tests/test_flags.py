@@ -83,11 +83,11 @@ def test_help_explains_every_flag():
     )
     assert not [name for name, row in rows.items() if row.startswith("[")], "flags without a word"
     assert [line for line in text.splitlines() if line.endswith(":") and line[:-1].istitle()][:1] == ["Files:"]
-    for name in ("sample.py", "prepare.py", "bench.py"):
+    for name in ("sample.py", "prepare.py", "bench.py", "evaluate.py", "recall.py"):
         assert script(name, "--help").returncode == 0
 
 
-@pytest.mark.parametrize("name", ["train.py", "sample.py", "prepare.py", "bench.py"])
+@pytest.mark.parametrize("name", ["train.py", "sample.py", "prepare.py", "bench.py", "evaluate.py", "recall.py"])
 def test_usage_errors_have_one_style(name):
     done = script(name, "--zzz")
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1

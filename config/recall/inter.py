@@ -1,0 +1,26 @@
+"""
+Recall with one block of full attention among three of SSM heads (inter-layer hybrid).
+
+Data: python recall.py
+"""
+
+pattern = "MMTM"
+n_embd = 128
+n_head = 4
+n_kv_head = 2
+n_hidden = 458
+n_meta = 0
+window = 64
+block_size = 1024
+
+dataset = "recall"
+data_command = "python recall.py"
+out_dir = "out/recall_inter"
+batch_size = 64
+max_steps = 4000
+warmup_steps = 200
+decay_steps = 1000
+learning_rate = 3e-3
+eval_interval = 500
+eval_windows = 448
+sample_tokens = 0

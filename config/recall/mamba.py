@@ -1,0 +1,26 @@
+"""
+Recall with SSM heads alone (Mamba, with feed-forwards): a state of fixed size, so expect it to fall with the pairs.
+
+Data: python recall.py
+"""
+
+pattern = "MMMM"
+n_embd = 128
+n_head = 4
+n_kv_head = 2
+n_hidden = 414
+n_meta = 0
+window = 64
+block_size = 1024
+
+dataset = "recall"
+data_command = "python recall.py"
+out_dir = "out/recall_mamba"
+batch_size = 64
+max_steps = 4000
+warmup_steps = 200
+decay_steps = 1000
+learning_rate = 3e-3
+eval_interval = 500
+eval_windows = 448
+sample_tokens = 0

@@ -1,0 +1,184 @@
+"""
+What evaluate.py shows of its results: of each task, the rows of a table, and a picture in which models stand side by
+side. `models` is what stands under that key in the JSON file.
+"""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+
+def show(task: str, models: dict[str, dict], picture: Path) -> None:
+    """Print the table, and draw the picture if matplotlib is there."""
+    rows_of, draw = SHOWN[task]
+    print_table([{"model": name} | row for name, r in models.items() for row in rows_of(r)])
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print(f"no {picture.name}: pip install matplotlib to get one")
+        return
+    draw(plt, models)
+    plt.tight_layout()
+    plt.savefig(picture, dpi=120)
+    plt.close()
+
+
+def print_table(rows: list[dict]) -> None:
+    """Rows as aligned columns, in Markdown. A row may lack what others have."""
+
+    def cell(value) -> str:
+        if isinstance(value, float):
+            return f"{value:.4f}"
+        return "" if value is None else f"{value:,}" if isinstance(value, int) else value
+
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [columns, *([cell(row.get(column)) for column in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    for line in lines:
+        print("| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |")
+
+
+def loss_rows(r: dict) -> Iterator[dict]:
+    for text, u in r["texts"].items():
+        numbers = {key: u[key] for key in ("loss", "error", "perplexity", "bits_per_byte")}
+        ends = list(zip(u["edges"][1:], u["by_position"], strict=True))[::-6]  # of every sixth step
+        yield {"text": text} | numbers | {f"to {end:,}": value for end, value in reversed(ends)}
+
+
+def draw_loss(plt, models: dict[str, dict]) -> None:
+    _, ax = plt.subplots(figsize=(7, 4))
+    for name, r in models.items():
+        for text, u in r["texts"].items():
+            label = f"{name}, {text}" if len(r["texts"]) > 1 else name
+            errors = [error or 0 for error in u["by_position_error"]]
+            ax.errorbar(u["edges"][:-1], u["by_position"], errors, label=label, capsize=2)
+            ax.axvline(u["length"], color="0.8")
+    ax.set(xscale="log", xlabel="tokens read", ylabel="nats per token")
+    ax.legend()
+
+
+def recall_rows(r: dict) -> Iterator[dict]:
+    yield {"cache bytes": r["cache_bytes"]} | {f"{n} pairs": u["accuracy"] for n, u in r["pairs"].items()}
+
+
+def draw_recall(plt, models: dict[str, dict]) -> None:
+    _, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    for name, r in models.items():
+        accuracies, errors = ([u[key] for u in r["pairs"].values()] for key in ("accuracy", "error"))
+        left.plot(list(map(int, r["pairs"])), accuracies, "o-", label=name)
+        right.errorbar(r["cache_bytes"], r["accuracy"], max(u or 0 for u in errors), fmt="o", label=name)
+    left.set(xscale="log", xlabel="pairs", ylabel="accuracy")
+    right.set(xscale="log", xlabel="bytes of cache", ylabel="mean accuracy")
+    left.legend()
+
+
+def needle_rows(r: dict) -> Iterator[dict]:
+    for what in ("greedy", "choice"):
+        means = np.mean(r[what], axis=0).tolist()
+        yield {"share": what} | {f"{length:,}": mean for length, mean in zip(r["lengths"], means, strict=True)}
+
+
+def draw_needle(plt, models: dict[str, dict]) -> None:
+    _, axes = plt.subplots(2, len(models), figsize=(4 * len(models), 5), squeeze=False)
+    for column, (name, r) in zip(axes.T, models.items(), strict=True):
+        for ax, what in zip(column, ("greedy", "choice"), strict=True):
+            ax.imshow(r[what], vmin=0, vmax=1, aspect="auto", cmap="viridis")
+            for (i, j), share in np.ndenumerate(r[what]):
+                ax.text(j, i, f"{share:.2f}", ha="center", va="center", color="black" if share > 0.6 else "white")
+            ax.set(xticks=range(len(r["lengths"])), xticklabels=r["lengths"], xlabel="tokens")
+            ax.set(yticks=range(len(r["depths"])), yticklabels=r["depths"], ylabel="depth", title=f"{name}: {what}")
+
+
+def heads_rows(r: dict) -> Iterator[dict]:
+    whats = [what for what in ("loss", "recall") if what in r]
+    for i, letter in enumerate(r["pattern"]):
+        changes = {f"{what} without {kind}": r[what][kind][i] for what in whats for kind in ("attn", "ssm")}
+        yield {"block": f"{i} {letter}"} | changes
+
+
+def draw_heads(plt, models: dict[str, dict]) -> None:
+    whats = [what for what in ("loss", "recall") if any(what in r for r in models.values())]
+    size = 5 * len(models), 3 * len(whats)
+    _, axes = plt.subplots(len(whats), len(models), figsize=size, squeeze=False, sharey="row")
+    for column, (name, r) in zip(axes.T, models.items(), strict=True):
+        for ax, what in zip(column, whats, strict=True):
+            for shift, kind in ((-0.2, "attn"), (0.2, "ssm")):
+                changes = [change or 0 for change in r[what][kind]] if what in r else []
+                ax.bar(np.arange(len(changes)) + shift, changes, 0.4, label=f"without {kind}")
+            ax.set(xticks=range(len(r["pattern"])), xticklabels=r["pattern"], title=name, ylabel=f"change of {what}")
+    axes[0, 0].legend()
+
+
+def attention_rows(r: dict) -> Iterator[dict]:
+    for text, u in r["texts"].items():
+        for i, (letter, b) in enumerate(zip(r["pattern"], u["blocks"], strict=True)):
+            shares = b["share"] or dict.fromkeys(("meta", "first", "self", "others"))
+            row = {"text": text, "block": f"{i} {letter}"} | shares | {"|attn|": b["attn"], "|ssm|": b["ssm"]}
+            yield row | {"memory": b["memory"] and b["memory"]["50%"]}
+
+
+def draw_attention(plt, models: dict[str, dict]) -> None:
+    """Of the first text: shares, magnitudes, memory lengths; of all texts, the share of each meta token."""
+    _, axes = plt.subplots(len(models), 4, figsize=(18, 3.5 * len(models)), squeeze=False)
+    for (shares, sizes, memory, meta), (name, r) in zip(axes, models.items(), strict=True):
+        blocks, x = next(iter(r["texts"].values()))["blocks"], np.arange(len(r["pattern"]))
+        bottom = np.zeros(len(blocks))
+        for kind in ("meta", "first", "self", "others"):
+            values = np.array([b["share"][kind] if b["share"] else 0 for b in blocks])
+            shares.bar(x, values, bottom=bottom, label=kind)
+            bottom += values
+        for kind, colour in (("attn", "C0"), ("ssm", "C1")):
+            for key, label, style in ((kind, kind, "o-"), (f"{kind}_branch_norm", f"{kind}, normed", ".:")):
+                if any(b[key] is not None for b in blocks):
+                    values = [math.nan if b[key] is None else b[key] for b in blocks]
+                    sizes.plot(x, values, style, color=colour, label=label)
+        there = [i for i, b in enumerate(blocks) if b["memory"]]
+        low, median, high = ([blocks[i]["memory"][p] for i in there] for p in ("10%", "50%", "90%"))
+        memory.plot(there, median, "o", label="median of the states")
+        memory.vlines(there, low, high, label="10 to 90%")
+        for ax, title in (
+            (shares, "attention goes to"),
+            (sizes, "output, root mean square"),
+            (memory, "memory, tokens"),
+        ):
+            ax.set(xticks=x, xticklabels=r["pattern"], title=title)
+            ax.legend(fontsize=7)
+        shares.set(ylabel=name), sizes.set(yscale="log"), memory.set(yscale="log" if there else "linear")
+        means = {t: [b["meta"] for b in u["blocks"] if b["meta"]] for t, u in r["texts"].items()}
+        means = {Path(text).name: np.mean(lines, axis=0) for text, lines in means.items() if lines}
+        if means:
+            meta.imshow(list(means.values()), aspect="auto")
+        meta.set(yticks=range(len(means)), yticklabels=list(means), title="share of each meta token")
+        for ax, drawn in ((memory, there), (meta, means)):
+            ax.set_visible(bool(drawn))
+
+
+def harness_rows(r: dict) -> Iterator[dict]:
+    for task, values in r["tasks"].items():
+        yield {"task": task} | values
+
+
+def draw_harness(plt, models: dict[str, dict]) -> None:
+    _, ax = plt.subplots(figsize=(7, 4))
+    for i, (name, r) in enumerate(models.items()):
+        known = ("acc_norm", "acc", "exact_match")
+        shown = {task: next((u[key] for key in known if key in u), 0) for task, u in r["tasks"].items()}
+        ax.bar(np.arange(len(shown)) + 0.8 * i / len(models), list(shown.values()), 0.8 / len(models), label=name)
+        ax.set(xticks=range(len(shown)), xticklabels=list(shown), ylabel="accuracy")
+    ax.legend()
+
+
+SHOWN = {
+    "loss": (loss_rows, draw_loss),
+    "recall": (recall_rows, draw_recall),
+    "needle": (needle_rows, draw_needle),
+    "heads": (heads_rows, draw_heads),
+    "attention": (attention_rows, draw_attention),
+    "harness": (harness_rows, draw_harness),
+}

@@ -1,0 +1,107 @@
+"""
+The task of recall as a data set: multi-query associative recall (Arora et al. 2023, Zoology,
+https://arxiv.org/abs/2312.04927).
+
+    python recall.py                                    data/recall: 4, 8, ... 256 pairs
+    python train.py config/recall/hymba.py
+    python evaluate.py recall --init_from=out/recall_hymba out/recall_mamba
+
+A record gives n pairs of a key and a value, and later asks for each key once, in any order and anywhere:
+
+    k1 v1 k2 v2 ... kn vn   ... k2 v2 ... ... k1 v1 ...          the values in the second part are what is predicted
+
+Between the questions stand random values. All records are 4 times as long as the largest n pairs ask for, so all are
+read with the same cache. Of the vocabulary, the lower half are keys and the upper half are values.
+
+Only the answers count in the loss: a token t that is not to be predicted is written as ~t, which is negative. Windows
+of train.py begin where a record begins, as "record" in meta.json has its length.
+"""
+
+import hashlib
+import json
+import re
+import signal
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import prepare
+from files import check_folders, replacing
+from flags import Parser, run
+
+
+def draw(rng: np.random.Generator, n_pairs: int, n: int, length: int, vocab: int) -> np.ndarray:
+    """n records (n, length + 1) of n_pairs pairs each: tokens, ~token where it is not to be predicted."""
+    rows, half, text = np.arange(n)[:, None], vocab // 2, 2 * n_pairs
+    keys = rng.permuted(np.tile(np.arange(half), (n, 1)), axis=1)[:, :n_pairs]
+    values = rng.integers(half, vocab, (n, n_pairs))
+    records = ~rng.integers(half, vocab, (n, length + 1))
+    records[:, 0:text:2], records[:, 1:text:2] = ~keys, ~values
+    slots = np.tile(np.arange(text, length - 1, 2), (n, 1))
+    where = rng.permuted(slots, axis=1)[:, :n_pairs]  # of each key's question
+    records[rows, where], records[rows, where + 1] = ~keys, values
+    return records
+
+
+def write(path: Path, pairs: list[int], n: int, seed: int, length: int, vocab: int) -> dict:
+    """Write n records, and return the split's entry of meta.json. Each number of pairs comes once in so many records as
+    there are numbers, in any order: evenly spaced records have all."""
+    sha256 = hashlib.sha256()
+    with open(path, "wb") as f, tqdm(total=n, desc=path.name, unit="record", disable=None) as bar:
+        for first in range(0, n, 256 * len(pairs)):  # some at a time: memory is bounded
+            rng, size = np.random.default_rng((seed, first)), min(256 * len(pairs), n - first)
+            records = np.stack([draw(rng, p, 256, length, vocab) for p in pairs], axis=1)
+            order = rng.permuted(np.tile(np.arange(len(pairs)), (256, 1)), axis=1)
+            records = np.take_along_axis(records, order[..., None], axis=1).reshape(-1, length + 1)[:size]
+            records = records.astype(prepare.DTYPES["int16"])
+            f.write(records)
+            sha256.update(records)
+            bar.update(size)
+    tokens = n * (length + 1)
+    return {"tokens": tokens, "bytes": tokens, "documents": n, "sha256": sha256.hexdigest()}
+
+
+def prepare_recall(
+    pairs: list[int], records: int = 50_000, name: str = "recall", data_dir: Path | str = "data", overwrite=False
+) -> Path:
+    """Write the data set data_dir/name with so many records for training, and return its folder. Validation has a
+    twentieth, and 64 of each number of pairs at least. Raises ValueError for numbers that do not fit, or OSError."""
+    folder, pairs = Path(data_dir) / name, sorted(set(pairs))
+    if not pairs or not 1 <= pairs[0] <= pairs[-1] <= 4095:  # tokens fit 16 bits, with a sign
+        raise ValueError("--pairs: give numbers from 1 to 4095, such as --pairs=4,8,16")
+    if not len(pairs) <= records <= 10**8:
+        raise ValueError(f"--records={records}: must be at least as many as the numbers of pairs, and at most 10**8")
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise ValueError(f"--name={name} is not a plain folder name; use letters, digits, _, - and dots")
+    check_folders(folder)
+    if folder.exists() and not (overwrite and {path.name for path in folder.iterdir()} <= prepare.OUTPUTS):
+        raise FileExistsError(f"{folder} exists; pass --overwrite to replace a data set, or another --name")
+    length, vocab = 4 * pairs[-1], 8 * pairs[-1]
+    n_val = max(64, records // 20 // len(pairs)) * len(pairs)
+    with prepare.writing(folder), replacing(folder, "~") as new:
+        meta = {"tokenizer": "none", "vocab_size": vocab, "eot": 0, "dtype": "int16", "record": length + 1}
+        meta["source"] = ["recall of " + ", ".join(map(str, pairs)) + " pairs"]
+        for seed, (split, n) in enumerate({"train": records, "val": n_val}.items()):
+            meta[split] = write(new / f"{split}.bin", pairs, n, seed, length, vocab)
+        (new / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+    print(f"{folder}: {records:,} records for training and {n_val:,} for validation, of {length:,} tokens")
+    return folder
+
+
+def main(argv: list[str]) -> None:
+    parser = Parser("recall.py", __doc__)
+    parser.add_argument("--pairs", default="4,8,16,32,64,128,256", help="numbers of pairs [4,8,16,32,64,128,256]")
+    parser.add_argument("--records", type=int, default=50_000, help="for training [50000]")
+    parser.add_argument("--name", default="recall", help="the data set's folder [recall]")
+    parser.add_argument("--data_dir", default="data", help="where data sets live [data]")
+    parser.add_argument("--overwrite", action="store_true", help="replace the data set if it exists")
+    args = parser.parse_args(argv)
+    if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", args.pairs):
+        raise ValueError(f"--pairs={args.pairs}: write numbers with commas between them, such as --pairs=4,8,16")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill cleans up as Ctrl-C does
+    prepare_recall([int(p) for p in args.pairs.split(",")], args.records, args.name, args.data_dir, args.overwrite)
+
+
+if __name__ == "__main__":
+    run("recall.py", main)

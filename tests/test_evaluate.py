@@ -1,0 +1,361 @@
+"""Measurements: each against an independent computation, a perfect predictor or a random one, and the command line."""
+
+import importlib.util
+import json
+import math
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from runs import ROOT, prepare_bpe, train_here
+
+import checkpoint
+import cost
+import evaluate
+import ops
+import recall
+from conftest import MIXED, small, tokens
+from engine import Engine
+from evaluate import Text
+from tokenizer import load_tokenizer
+
+TOKENS = tokens(700).numpy()
+TEXT = Text(TOKENS, bytes_per_token=2.0)
+BYTES = load_tokenizer("bytes", ".")
+
+
+@pytest.mark.parametrize("pattern", MIXED)
+def test_loss_and_loss_by_position(pattern):
+    """Against logits, window by window, and positions against one window alone."""
+    model = small(pattern)
+    result = evaluate.loss(model, TEXT, length=20, longest=60, n_tokens=200)
+    starts = np.linspace(0, 700 - 21, 10).astype(int)
+    windows = torch.tensor(np.stack([TOKENS[s : s + 21] for s in starts]))
+    near = F.cross_entropy(model(windows[:, :-1]).transpose(1, 2), windows[:, 1:], reduction="none")
+    losses = near.mean(1)
+    assert result["windows"] == 10 and abs(result["loss"] - losses.mean().item()) < 1e-5
+    assert abs(result["error"] - losses.std().item() / 10**0.5) < 1e-5
+    assert abs(result["perplexity"] - math.exp(result["loss"])) < 1e-9
+    assert abs(result["bits_per_byte"] - result["loss"] / math.log(2) / 2) < 1e-9
+    edges = result["edges"]
+    assert edges[0] == 1 and 21 in edges and edges[-1] == 61 and len(result["by_position"]) == len(edges) - 1
+    starts = np.linspace(0, 700 - 61, 700 // 61).astype(int)
+    windows = torch.tensor(np.stack([TOKENS[s : s + 61] for s in starts]))
+    far = F.cross_entropy(model(windows[:, :-1]).transpose(1, 2), windows[:, 1:], reduction="none")
+    for i in range(len(edges) - 1):
+        part = (near if edges[i + 1] <= 21 else far)[:, edges[i] - 1 : edges[i + 1] - 1].mean(1)
+        assert abs(result["by_position"][i] - part.mean().item()) < 1e-4
+        assert abs(result["by_position_error"][i] - part.std().item() / len(part) ** 0.5) < 1e-4
+    assert evaluate.loss(model, Text(TOKENS[:100]), length=32)["edges"][-1] == 100  # 8 times 32 are more
+    assert evaluate.loss(model, Text(TOKENS[:33]), length=32)["error"] is None
+
+
+def answers(records: np.ndarray) -> dict[bytes, np.ndarray]:
+    return {np.maximum(r, ~r)[:-1].tobytes(): r[1:] for r in records.astype(np.int64)}
+
+
+def test_recall_of_a_perfect_predictor_and_of_a_random_one(monkeypatch):
+    pairs, length, vocab = (2, 4, 8), 32, 64
+    rng = np.random.default_rng(0)
+    records = np.concatenate([recall.draw(rng, p, 40, length, vocab) for p in pairs])
+    text = Text(records.astype(np.int16).flatten(), record=length + 1)
+    model = small("hM", vocab_size=vocab, n_embd=vocab, tied=False)
+    random = evaluate.recall(model, text)
+    assert list(random["pairs"]) == ["2", "4", "8"] and random["accuracy"] < 0.15
+    assert random["cache_bytes"] == cost.cache_bytes(model.config, length)
+    expected = answers(records)
+
+    def perfect(idx, wrong=()):
+        """States that are the right answers, one-hot, or another token for wrong numbers of pairs."""
+        targets = torch.tensor(np.stack([expected[row.tobytes()] for row in idx.numpy()]))
+        off = torch.tensor([[(row >= 0).sum().item() in wrong] for row in targets])
+        return F.one_hot((targets.clamp(min=0) + off) % vocab, vocab).float()
+
+    model.lm_head = nn.Parameter(torch.eye(vocab))
+    monkeypatch.setattr(model, "hidden", perfect)
+    assert [p["accuracy"] for p in evaluate.recall(model, text)["pairs"].values()] == [1, 1, 1]
+    monkeypatch.setattr(model, "hidden", lambda idx: perfect(idx, wrong=(4,)))
+    assert [p["accuracy"] for p in evaluate.recall(model, text)["pairs"].values()] == [1, 0, 1]
+
+
+@pytest.mark.parametrize("pattern", MIXED)
+def test_likelihoods_of_answers(pattern):
+    """Several answers behind one prompt, against each text read whole; greedy, against generate."""
+    model = small(pattern)
+    engine = Engine(model)
+    prompts, choices = tokens(3, 19), tokens(3, 4, 5, seed=2)
+    for b in range(3):
+        choices[b, 2] = torch.tensor(list(model.generate(prompts[b].tolist(), 5, temperature=0)))
+    scores, greedy = evaluate.likelihoods(engine, prompts, choices)
+    for b in range(3):
+        for n in range(4):
+            text = torch.cat([prompts[b], choices[b, n]])[None]
+            log_p = model(text[:, :-1]).log_softmax(-1).gather(2, text[:, 1:, None])[0, -5:].sum()
+            assert abs(scores[b, n] - log_p) < 1e-4
+    assert greedy.tolist() == [[False, False, True, False]] * 3
+
+
+def test_needle_of_a_reader_and_of_a_guesser(monkeypatch):
+    """A stand-in that looks the code up gets everything, one that does not gets none; the prompts are what they say."""
+    model, seen = small("hM", vocab_size=257, block_size=64), []
+    hay = Text(np.frombuffer(b"some real text, again and again. " * 40, np.uint8))
+
+    def look_up(engine, prompts, choices):
+        seen.extend(prompts.tolist())
+        texts = [bytes(row) for row in prompts.tolist()]
+        there = torch.tensor([[bytes(c) in t for c in row] for t, row in zip(texts, choices.tolist(), strict=True)])
+        return there.float(), there
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "likelihoods", look_up)
+        result = evaluate.needle(model, BYTES, hay, [80, 200], depths=(0, 0.5, 1), n=4, fact="key = {};")
+    for what in ("greedy", "choice"):
+        assert result[what] == [[1, 1]] * 3
+    assert [len(row) for row in seen] == [80 - 6] * 12 + [200 - 6] * 12  # without the answer, which is " 12345"
+    for row, depth in zip(seen, [0] * 4 + [0.5] * 4 + [1] * 4 + [0] * 4 + [0.5] * 4 + [1] * 4, strict=True):
+        text = bytes(row).decode()
+        assert text.endswith("\nkey =") and text.count("key =") == 2 and text.count(";\n") == 1
+        before, after = text.index("\nkey"), text.rindex("\nkey") - text.index(";\n") - 2
+        assert abs(before / (before + after) - depth) < 0.02
+    assert 0 < np.mean(evaluate.needle(model, BYTES, hay, n=8, fact="key = {};")["choice"]) < 0.3  # a tenth, by chance
+    with pytest.raises(
+        ValueError, match="--lengths: fact and question need 26 tokens at least, and there is text for 1,345"
+    ):
+        evaluate.needle(model, BYTES, hay, [80, 20], fact="key = {};")
+
+
+@pytest.mark.parametrize("fusion", ["mean", "diff", "concat"])
+def test_heads_removed(fusion):
+    """Against the model in which what follows the heads multiplies them by zero."""
+    pattern = "hMTtH"
+    measured = evaluate.heads(small(pattern, fusion=fusion), lambda m: m(tokens(2, 12), tokens(2, 12)).item())
+    for i, letter in enumerate(pattern):
+        for kind in ("attn", "ssm"):
+            if letter in {"attn": "M", "ssm": "Tt"}[kind]:
+                assert measured[kind][i] is None
+                continue
+            model = small(pattern, fusion=fusion)
+            mixer = model.blocks[i].mixer
+            with torch.no_grad():
+                if letter not in "Hh":
+                    mixer.out_proj.weight.zero_()
+                elif fusion == "concat":
+                    half = mixer.out_proj.in_features // 2
+                    mixer.out_proj.weight[:, slice(half) if kind == "attn" else slice(half, None)] = 0
+                else:
+                    getattr(mixer, f"{kind}_branch_norm").weight.zero_()
+            expected = model(tokens(2, 12), tokens(2, 12)).item()
+            assert abs(measured["whole"] + measured[kind][i] - expected) < 1e-6
+            assert abs(measured[kind][i]) > 1e-5
+    model = small(pattern, fusion=fusion)
+    assert measured["whole"] == model(tokens(2, 12), tokens(2, 12)).item()
+
+
+@pytest.mark.parametrize("pattern,n_meta", [("HhhMTt", 5), ("tTh", 0)])
+def test_attention(pattern, n_meta, monkeypatch):
+    """Shares, magnitudes and memory against a float64 pass that keeps everything."""
+    model = small(pattern, n_meta=n_meta).double()
+    M, T, c = n_meta, 24, model.config
+    kept = {}
+    for i, block in enumerate(model.blocks):
+        for name in ("attn", "ssm", "attn_branch_norm", "ssm_branch_norm"):
+            if getattr(block.mixer, name, None):
+                keep = lambda m, args, out, key=(i, name): kept.update({key: (args, out)})  # noqa: E731
+                getattr(block.mixer, name).register_forward_hook(keep)
+        if block.mixer.ssm:
+            keep = lambda m, args, out, key=(i, "dt"): kept.update({key: out})  # noqa: E731
+            block.mixer.ssm.dt_proj.register_forward_hook(keep)
+    n = len(TOKENS) // (T + 1)
+    windows = np.stack([TOKENS[s : s + T] for s in np.linspace(0, len(TOKENS) - T - 1, n).astype(int)])
+    plain = model(torch.tensor(windows))
+    monkeypatch.setattr(evaluate, "AT_ONCE", n * T)  # one batch
+    result = evaluate.attention(small(pattern, n_meta=n_meta), TEXT, length=T, n_tokens=n * T)
+    assert result["length"] == T
+    for i, (letter, row) in enumerate(zip(pattern, result["blocks"], strict=True)):
+        for name in ("attn", "ssm", "attn_branch_norm", "ssm_branch_norm"):
+            assert (row[name] is None) == ((i, name) not in kept)
+            if row[name] is not None:
+                out = kept[i, name][1]
+                out = (out[0] if isinstance(out, tuple) else out)[:, M:]
+                assert abs(row[name] - out.square().mean().sqrt().item()) < 1e-5
+        if letter in "MHh":
+            ssm = model.blocks[i].mixer.ssm
+            dt = F.softplus(kept[i, "dt"][:, M:] + ssm.dt_bias).mean((0, 1))
+            lengths = 1 / (dt[:, None] * ssm.A_log.exp())
+            assert abs(row["memory"]["mean"] / lengths.mean().item() - 1) < 1e-5
+            assert abs(row["memory"]["50%"] / lengths.quantile(0.5).item() - 1) < 0.1
+            assert row["memory"]["10%"] < row["memory"]["50%"] < row["memory"]["90%"]
+        else:
+            assert row["memory"] is None
+        if letter == "M":
+            assert row["share"] is None and row["meta"] is None
+            continue
+        heads, ((qkv, *_), (_, handed)) = model.blocks[i].mixer.attn, kept[i, "attn"]
+        q = qkv[..., : heads.H * heads.E].unflatten(-1, (heads.H, heads.E))
+        half = heads.E // 2
+        angle = torch.arange(M + T)[:, None, None] * c.rope_base ** (-torch.arange(half) / half)
+        turn = torch.polar(torch.ones(()).double(), angle.double())
+        q = torch.complex(q[..., :half], q[..., half:]) * turn
+        q = torch.cat([q.real, q.imag], -1)
+        k = handed[0].repeat_interleave(heads.H // heads.G, 2)
+        scores = torch.einsum("bthe,bshe->bhts", q, k) / heads.E**0.5
+        s = torch.arange(M + T)
+        ages = s[:, None] - s
+        seen = (ages >= 0) & ((ages < c.window) | (s < M)) if letter in "th" else ages >= 0
+        p = scores.masked_fill(~seen, -math.inf).softmax(-1)[:, :, M:].mean((0, 1))  # (T, M + T)
+        own = p[range(T), range(M, M + T)].mean().item()
+        first = p[1:, M].sum().item() / T
+        meta = p[:, :M].mean(0)
+        expected = [meta.sum().item(), first, own, 1 - meta.sum().item() - first - own]
+        assert np.abs(np.array(list(row["share"].values())) - expected).max() < 1e-5
+        assert list(row["share"]) == ["meta", "first", "self", "others"]
+        assert np.abs(np.array(row["meta"]) - meta.numpy(force=True)).max(initial=0) < 1e-5
+    again = small(pattern, n_meta=n_meta)
+    evaluate.attention(again, TEXT, length=T, n_tokens=100)
+    assert torch.allclose(again(torch.tensor(windows)).double(), plain, atol=1e-4)  # nothing is left behind
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in again.modules())
+
+
+def test_memory_is_where_a_state_has_decayed():
+    """With dt that does not change, a state that is written once falls to 1 / e in as many tokens as it says."""
+    model = small("M", n_meta=0, d_state=1, dt_rank=1)
+    ssm = model.blocks[0].mixer.ssm
+    with torch.no_grad():
+        ssm.dt_proj.weight.zero_(), ssm.A_log.zero_()
+        ssm.dt_bias.copy_(torch.linspace(-6, -2, len(ssm.dt_bias)))
+    row = evaluate.attention(model, TEXT, length=32)["blocks"][0]["memory"]
+    lengths = 1 / F.softplus(ssm.dt_bias)
+    assert abs(row["mean"] - lengths.mean().item()) < 1e-2
+    decay = torch.exp(-F.softplus(ssm.dt_bias.double())) ** lengths.double()
+    assert (decay - math.exp(-1)).abs().max() < 1e-6
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+@pytest.fixture(scope="module")
+def runs(corpus, tmp_path_factory):
+    """out/a and out/b, trained on text; out/r, trained on records."""
+    root = tmp_path_factory.mktemp("runs")
+    recall.prepare_recall([2, 4], 300, data_dir=root / "data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "KERNELS", {})
+        train_here(corpus, f"--out_dir={root / 'out/a'}", "--max_steps=2")
+        train_here(corpus, f"--out_dir={root / 'out/b'}", "--max_steps=2", "--pattern=MT", "--n_meta=0")
+        train_here(root, f"--out_dir={root / 'out/r'}", "--max_steps=2", "--dataset=recall", "--block_size=16")
+    return root
+
+
+def run(capsys, task: str, *flags) -> tuple[dict, str]:
+    """The JSON result of python evaluate.py, and what it printed."""
+    evaluate.main([task, "--device=cpu", *map(str, flags)])
+    printed = capsys.readouterr().out
+    file = printed.splitlines()[-1].removeprefix("the results: ")
+    with open(file) as f:
+        return json.load(f), printed
+
+
+def test_loss_command(runs, capsys):
+    a, b = runs / "out/a", runs / "out/b"
+    result, printed = run(capsys, "loss", f"--init_from={a}", b, "--tokens=500")
+    assert list(result["models"]) == [str(a), str(b)] and result["task"] == "loss"
+    model = result["models"][str(a)]
+    assert model["folder"] == str(a / "best") and model["pattern"] == "HhhH"
+    assert model["texts"]["words"]["length"] == 24 and model["texts"]["words"]["edges"][-1] == 8 * 24 + 1
+    assert printed.splitlines()[0].startswith("| model") and f"{model['texts']['words']['loss']:.4f}" in printed
+    assert (runs / "out/a_loss.json").is_file()
+    if importlib.util.find_spec("matplotlib"):
+        assert (runs / "out/a_loss.png").stat().st_size > 5000
+    text = runs / "some.txt"
+    text.write_text("é" * 300)
+    (runs / "folder").mkdir()
+    (runs / "folder/image.png").write_bytes(b"\x89PNG")  # no text: left out
+    text = text.rename(runs / "folder/some.txt").parent
+    result, _ = run(capsys, "loss", b / "last", f"--text={text}", f"--out={runs / 'x/y.json'}", "--longest=100")
+    text = result["models"][str(b / "last")]["texts"][str(text)]
+    assert text["edges"][-1] == 101 and abs(text["bits_per_byte"] - text["loss"] / math.log(2)) < 1e-9
+    assert (runs / "x/y.json").is_file()
+
+
+def test_the_validation_loss_is_training_s(runs, capsys):
+    """Over the same windows, the loss that train.py logs."""
+    logged = json.loads((runs / "out/a/metrics.jsonl").read_text().splitlines()[-1])
+    result, _ = run(capsys, "loss", runs / "out/a", "--tokens=96")
+    assert abs(result["models"][str(runs / "out/a")]["texts"]["words"]["loss"] - logged["val_loss"]) < 1e-4
+
+
+@pytest.mark.parametrize("task", ["needle", "heads", "attention", "recall"])
+def test_other_commands(runs, capsys, monkeypatch, task):
+    """Each gives a table, a file and a picture, also without matplotlib."""
+    flags = {
+        "needle": [runs / "out/a", runs / "out/b", "--lengths=60,120", "--trials=2", "--needle=k={}."],
+        "heads": [runs / "out/r", "--tokens=200"],
+        "attention": [runs / "out/a", runs / "out/b", f"--text={ROOT / 'README.md'}", f"--text={ROOT / 'config'}"],
+        "recall": [runs / "out/r", "--tokens=400"],
+    }[task]
+    result, printed = run(capsys, task, *flags)
+    first = result["models"][str(flags[0])]
+    rows = [line for line in printed.splitlines() if line.startswith("|")]
+    assert len({len(line) for line in rows}) == 1  # aligned
+    picture = runs / "out" / f"{flags[0].name}_{task}.png"
+    if importlib.util.find_spec("matplotlib"):
+        assert picture.stat().st_size > 5000
+        picture.unlink()
+    if task == "needle":
+        assert np.array(first["choice"]).shape == (5, 2) and len(rows) == 2 + 4
+    elif task == "heads":
+        assert [v is not None for v in first["loss"]["attn"]] == [True] * 4 and len(rows) == 2 + 4
+        assert set(first["recall"]) == {"whole", "attn", "ssm"}
+    elif task == "attention":
+        blocks = first["texts"][str(ROOT / "config")]["blocks"]
+        assert all(abs(sum(b["share"].values()) - 1) < 1e-4 for b in blocks) and len(rows) == 2 + 2 * 4 + 2 * 2
+    else:
+        assert list(first["pairs"]) == ["2", "4"] and len(rows) == 2 + 1
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    _, printed = run(capsys, task, *flags)
+    assert f"no {picture.name}: pip install matplotlib to get one" in printed and not picture.exists()
+
+
+def test_what_is_wrong_is_said_first(runs, corpus, tmp_path, monkeypatch):
+    """In one line, before a model is loaded."""
+    a, r, latin = runs / "out/a", runs / "out/r", tmp_path / "latin.txt"
+    latin.write_bytes(b"\xe9" * 100)
+    (tmp_path / "short.txt").write_text("short")
+    (tmp_path / "model").mkdir()
+    config = json.loads((a / "best/config.json").read_text())
+    for name, change in (("other", {"tokenizer": "bpe:300"}), ("nothing", {"train": None})):
+        shutil.copytree(a / "best", tmp_path / name)
+        (tmp_path / name / "config.json").write_text(json.dumps(config | change))
+    prepare_bpe(corpus / "words", "bpe", tmp_path / "data")
+    shutil.copy(tmp_path / "data/bpe/tokenizer.tiktoken", tmp_path / "other")
+    monkeypatch.setattr(checkpoint, "load", None)
+    for flags, message in [
+        (["loss"], "give one model or more: --init_from=FOLDER"),
+        (["loss", a, a], f"--init_from names {a} twice"),
+        (["nonsense", a], "invalid choice: 'nonsense'"),
+        (["loss", tmp_path / "model"], "is not a checkpoint"),
+        (["loss", a, "--tokens=-1"], "--tokens=-1: must be 0 or more"),
+        (["loss", a, "--text=nowhere.txt"], "no file or folder nowhere.txt"),
+        (["loss", a, f"--text={latin}"], "latin.txt is not UTF-8 text"),
+        (["loss", a, f"--text={tmp_path / 'short.txt'}"], "has 5 tokens, too few for windows of 24: lower --length"),
+        (["loss", a, "--dataset=none"], "no data set at"),
+        (["loss", tmp_path / "nothing"], "does not say what it was trained on: pass --text=FILE or --dataset=NAME"),
+        (["loss", tmp_path / "other"], "has other tokens than .*: prepare it with that tokenizer, or pass --text"),
+        (["loss", a, "--out=x.txt"], "--out=x.txt: give the name of a .json file"),
+        (["recall", a], "words: no data set of recall.py"),
+        (["needle", r], "its tokens stand for no text"),
+        (["loss", r, f"--text={latin}"], "its tokens stand for no text"),
+        (["needle", a, "--needle=x"], "--needle: write {} where the code goes"),
+        (["needle", a, "--lengths=1,x"], "--lengths=1,x: write numbers with commas"),
+    ]:
+        with pytest.raises((ValueError, OSError), match=message):
+            evaluate.main([*map(str, flags), "--device=cpu"])
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="needs a package that is missing: pip install lm_eval"):
+        evaluate.main(["harness", str(a), "--tasks=piqa"])
