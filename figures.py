@@ -1,0 +1,172 @@
+"""
+The tables and pictures of study.py, from the rows of results/runs.jsonl.
+"""
+
+import statistics
+from pathlib import Path
+
+import cost
+from files import naming
+from model import HymbaConfig
+from study import MAIN, RECALL_RATES, SYSTEMS, TRIAL, config_fields, mean_loss, ranking, trials
+
+# Hymba, Table 1: accuracy of general and of recall tasks, in percent, of models of about 300M parameters
+PAPER = {
+    "mamba": (42.98, 19.23), "transformer": (44.08, 39.98), "intra": (45.19, 49.90), "hymba-windows": (44.42, 29.78),
+    "hymba-no-meta": (45.16, 48.04), "hymba": (45.53, 51.79),
+}  # fmt: skip
+
+
+def cache_mb(row: dict) -> float:
+    """Cache of one sequence of 8,192 tokens."""
+    return cost.cache_bytes(HymbaConfig(**config_fields(row["flags"])), 8192) / 1e6
+
+
+def best_recall(done: dict, system: str) -> dict | None:
+    """The run of recall at the better rate."""
+    rows = [done.get(("recall", system, "recall", rate, 1)) for rate in RECALL_RATES]
+    return max((r for r in rows if r and r.get("accuracy")), key=lambda r: r["accuracy"], default=None)
+
+
+def table(done: dict) -> str:
+    """A line for each system with an epoch: loss (mean of seeds, half their range), and what else is known."""
+    heads = ["system", "pattern", "loss", "+/-", "bits per byte", "rate", "recall", "training, tokens/s"]
+    lines = [[*heads, "decode, tokens/s", "cache, MB"], ["---"] * 10]
+    for system, rows in ranking(done).items():
+        first, losses, recall = rows[0], [r["val_loss"] for r in rows], best_recall(done, system)
+        half = f"{(max(losses) - min(losses)) / 2:.4f}" if len(losses) > 1 else ""
+        decode = first.get("decode_tokens_per_s")
+        cells = [system, f"`{first['flags']['pattern']}`", f"{mean_loss(rows):.4f}", half]
+        cells += [f"{statistics.mean(r['val_bpb'] for r in rows):.4f}", f"{first['learning_rate']:g}"]
+        cells += [f"{recall['accuracy']:.3f}" if recall else "", f"{first['tokens_per_s']:,.0f}"]
+        lines.append([*cells, f"{decode:,.0f}" if decode else "", f"{cache_mb(first):.2f}"])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def draw_losses(ax, done: dict) -> None:
+    rows = ranking(done)
+    for y, runs in enumerate(rows.values()):
+        ax.plot([mean_loss(runs)] * 2, [y - 0.3, y + 0.3], "C0", lw=2)
+        ax.plot([r["val_loss"] for r in runs], [y] * len(runs), "C0o", ms=4)
+    ax.set(
+        yticks=range(len(rows)), yticklabels=rows, xlabel="validation loss after an epoch, nats per token (seeds, mean)"
+    )
+    ax.invert_yaxis()
+
+
+def draw_rates(ax, done: dict) -> None:
+    for system in MAIN:
+        rows = [done.get(("small", system, "rate", rate, 1)) for rate in trials(done, system)[0]]
+        points = [(r["learning_rate"], r["val_loss"]) for r in rows if r and r["val_loss"]]
+        if points:
+            ax.plot(*zip(*points, strict=True), "o-", label=system)
+    ax.set(xscale="log", xlabel="learning rate", ylabel=f"validation loss after {TRIAL / 1e6:.0f} M tokens")
+
+
+def draw_curves(ax, done: dict, seconds: bool) -> None:
+    """Training loss, a mean over neighbours, against operations or seconds of training."""
+    rows = {system: runs[0] for system, runs in ranking(done).items() if system in MAIN}
+    for system, row in rows.items():
+        flags = row["flags"]
+        tokens = flags["batch_size"] * flags["block_size"]
+        model = cost.meta_model(config_fields(flags))
+        unit = tokens / row["tokens_per_s"] if seconds else tokens * cost.flops_per_token(model)
+        steps, losses = zip(*row["curve"], strict=True)
+        smooth = [statistics.mean(losses[max(0, i - 4) : i + 5]) for i in range(len(losses))]
+        ax.plot([step * unit for step in steps[5:]], smooth[5:], lw=1, label=system)
+    low = min((row["val_loss"] for row in rows.values()), default=1.0)
+    what = "seconds" if seconds else "floating-point operations"
+    ax.set(
+        xscale="log", ylim=(low - 0.1, low + 1.5), xlabel=f"training, {what}", ylabel="training loss, nats per token"
+    )
+
+
+def draw_against(ax, points: dict[str, tuple[float, float]], x: str, y: str) -> None:
+    for system, point in points.items():
+        ax.plot(*point, "o")
+        ax.annotate(system, point, (5, 3), textcoords="offset points", fontsize="small")
+    ax.set(xscale="log", xlabel=x, ylabel=y)
+
+
+def draw_throughput(ax, done: dict) -> None:
+    speeds = {s: (runs[0].get("decode_tokens_per_s"), mean_loss(runs)) for s, runs in ranking(done).items()}
+    points = {system: point for system, point in speeds.items() if point[0]}
+    draw_against(ax, points, "decoding 64 sequences of 8,192 tokens, tokens/s", "validation loss, nats per token")
+
+
+def draw_recall(ax, done: dict) -> None:
+    rows = {system: row for system in MAIN if (row := best_recall(done, system))}
+    points = {system: (row["cache_bytes"] / 1e3, row["accuracy"]) for system, row in rows.items()}
+    draw_against(ax, points, "cache of one record, KB", "accuracy of recall, mean over 4 to 256 pairs")
+
+
+def draw_pairs(ax, done: dict) -> None:
+    for system in MAIN:
+        if row := best_recall(done, system):
+            ax.plot([int(n) for n in row["pairs"]], [u["accuracy"] for u in row["pairs"].values()], "o-", label=system)
+    ax.set(xscale="log", xlabel="pairs", ylabel="accuracy of recall")
+
+
+def draw_positions(ax, done: dict) -> None:
+    """Loss by position, to 8 times the training length."""
+    for system, runs in ranking(done).items():
+        if system in MAIN and "position" in runs[0]:
+            (result,) = runs[0]["position"].values()
+            ends = result["edges"][1 : len(result["by_position"]) + 1]
+            ax.plot(ends, result["by_position"], label=system)
+    ax.set(xscale="log", xlabel="position", ylabel="loss, nats per token")
+
+
+def draw_needle(ax, done: dict) -> None:
+    """The share of codes that are told from nine others, a mean over depths, against the length."""
+    for system, runs in ranking(done).items():
+        if system in MAIN and "needle" in runs[0]:
+            needle = runs[0]["needle"]
+            ax.plot(
+                needle["lengths"], [statistics.mean(u) for u in zip(*needle["choice"], strict=True)], "o-", label=system
+            )
+    ax.set(xscale="log", xlabel="tokens of text", ylabel="needle found")
+
+
+def draw_ladder(ax, done: dict) -> None:
+    """Our loss beside the paper's accuracies, for the systems that its Table 1 has."""
+    rows = ranking(done)
+    here = [system for system in PAPER if system in rows]
+    ax.plot(here, [mean_loss(rows[system]) for system in here], "ko-", label="loss here")
+    ax.set(ylabel="validation loss, nats per token (up is worse)")
+    ax.tick_params(axis="x", rotation=25)
+    right = ax.twinx()
+    for i, name in enumerate(("general tasks", "recall tasks")):
+        right.plot(here, [PAPER[system][i] for system in here], f"C{i}s--", label=f"{name}, the paper's")
+    right.set(ylabel="accuracy, %")
+    right.legend(loc="center right", fontsize="small")
+
+
+PICTURES = {
+    "losses": draw_losses, "rates": draw_rates, "ladder": draw_ladder, "throughput": draw_throughput,
+    "flops": lambda ax, done: draw_curves(ax, done, False), "time": lambda ax, done: draw_curves(ax, done, True),
+    "recall": draw_recall, "pairs": draw_pairs, "positions": draw_positions, "needle": draw_needle,
+}  # fmt: skip
+
+
+def main(done: dict, folder: Path) -> None:
+    """Print the table, and draw every picture into folder."""
+    print(table(done))
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise ValueError("pictures need matplotlib: pip install matplotlib") from None
+    for name, draw in PICTURES.items():
+        fig, ax = plt.subplots(figsize=(7.5, max(4.5, 0.25 * len(SYSTEMS))))
+        draw(ax, done)
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(fontsize="small")
+        ax.grid(alpha=0.3)
+        fig.tight_layout()
+        with naming(folder / f"{name}.png"):
+            fig.savefig(folder / f"{name}.png", dpi=120)
+        plt.close(fig)
+    print(f"wrote {', '.join(f'{name}.png' for name in PICTURES)} in {folder}")

@@ -1,0 +1,382 @@
+"""
+The papers' comparison at a size that one GPU can do: every system with the same data, batches, tokens and code, and as
+many parameters.
+
+    python study.py --list             # what is done, what is missing, and how long that would take
+    python study.py --minutes=9        # run what is missing, the most important first, for so long
+    python study.py --figures          # tables and pictures of what is done
+
+Each run is a train.py of its own, one at a time on each GPU. It adds a line to results/runs.jsonl: what was trained,
+with which flags, code, data and device, and what came out. A run that was cut off goes on from its checkpoint in
+out/study/, or starts anew where that is gone. Learning rates are chosen first, for each system by itself.
+
+Data: python prepare.py python --site-packages --tokenizer=bpe:16384 --name=study
+      python recall.py
+"""
+
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported ends without a traceback
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import cost
+import prepare
+from files import naming, parse_json
+from flags import Parser, read_config_file, run
+from hybrids import hybrid_pattern
+from model import HymbaConfig
+
+ROOT = Path(__file__).parent
+
+# Systems, in order of importance: flags beside those of their scale. A pattern of one letter is repeated, "" is Hymba's
+HYMBA, MAMBA2 = {"pattern": "", "n_meta": 32}, {"ssm": "mamba2", "d_state": 64}
+SYSTEMS = {
+    "transformer": {"pattern": "T"},
+    "mamba": {"pattern": "M"},
+    "inter": {"pattern": "inter:1:5:spread"},
+    "hymba": HYMBA,
+    "sliding": {"pattern": "t"},
+    "intra": {"pattern": "H"},
+    "mamba2": {"pattern": "M"} | MAMBA2,
+    "hymba-mamba2": HYMBA | MAMBA2,
+}
+MAIN = list(SYSTEMS)
+SYSTEMS |= {
+    "hymba-no-meta": HYMBA | {"n_meta": 0},
+    "hymba-no-sharing": HYMBA | {"kv_share": False},
+    "hymba-no-ssm": HYMBA | {"pattern": "Ttt"},  # T and t where Hymba has H and h
+    "hymba-windows": HYMBA | {"pattern": "h"},
+    "hymba-diff": HYMBA | {"fusion": "diff"},
+    "hymba-concat": HYMBA | {"fusion": "concat"},
+    "hymba-group": HYMBA | {"branch_norm": "group"},
+    # Attention heads beside those of the scale: a quarter, and three quarters of the width
+    "hymba-1to3": HYMBA | {"fusion": "concat", "heads": 0.5},
+    "hymba-3to1": HYMBA | {"fusion": "concat", "heads": 1.5},
+    "inter-front": {"pattern": "inter:1:5:front"},
+    "inter-middle": {"pattern": "inter:1:5:middle"},
+    "intra-scattered": {"pattern": "intra:1:5:scattered"},
+    "intra-clustered": {"pattern": "intra:1:5:clustered"},
+    "intra-sandwich": {"pattern": "intra:1:5:sandwich"},
+    "transformer-experts": {"pattern": "T", "n_expert": 8},
+    "hymba-experts": HYMBA | {"n_expert": 8},
+}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What all systems of one size share: flags, and how many parameters work on a token, embeddings not counted."""
+
+    parameters: int
+    flags: dict
+
+    def steps(self, tokens: float) -> int:
+        return round(tokens / (self.flags["batch_size"] * self.flags["block_size"]))
+
+
+SHARED = read_config_file(ROOT / "config" / "study.py")
+SIZES = ("n_layer", "n_embd", "n_head", "n_kv_head", "block_size", "window", "batch_size")
+RECORDS = {"dataset": "recall", "data_command": "python recall.py", "vocab_size": 2048, "eval_windows": 448}
+SCALES = {
+    "small": Scale(14_000_000, SHARED | dict(zip(SIZES, (12, 256, 4, 2, 1024, 256, 32), strict=True))),
+    "large": Scale(56_000_000, SHARED | dict(zip(SIZES, (12, 512, 8, 4, 2048, 512, 16), strict=True))),
+    "recall": Scale(1_100_000, SHARED | dict(zip(SIZES, (4, 128, 4, 2, 1024, 64, 64), strict=True)) | RECORDS),
+}
+EPOCH, TRIAL, RECALL = 97e6, 25e6, 131e6  # tokens of the corpus, of a trial of a learning rate, and of a run of recall
+RATES, RECALL_RATES = (1e-3, 2e-3, 4e-3), (1e-3, 3e-3)
+START, SPEED = 40, 700_000  # of runs that are like none before: seconds before the first step; tokens/s, small scale
+
+
+def settings(system: str, scale: Scale, match: str = "parameters") -> dict:
+    """Flags of a system, with n_hidden (a multiple of 8) such that it has as many (active) parameters as its scale says
+    or, with match="flops", that training it takes as many operations as Hymba."""
+    given = scale.flags | SYSTEMS[system]
+    n, pattern = given["n_layer"], given["pattern"]
+    if share := given.pop("heads", None):
+        given["head_size"] = given["n_embd"] // given["n_head"]
+        given |= {name: round(share * given[name]) for name in ("n_head", "n_kv_head")}
+    if ":" in pattern:
+        given["pattern"] = hybrid_pattern(pattern, n)
+    elif pattern == "Ttt":
+        given["pattern"] = HymbaConfig(n_layer=n).pattern.replace("H", "T").replace("h", "t")
+    else:
+        given["pattern"] = pattern * n if pattern else HymbaConfig(n_layer=n).pattern
+    fields = {k: v for k, v in given.items() if k in HymbaConfig.__dataclass_fields__} | {"n_hidden": 8}
+    if match == "flops":
+        like = cost.meta_model(config_fields(settings("hymba", scale)))
+        return given | {"n_hidden": cost.solve(fields, cost.flops_per_token, cost.flops_per_token(like), 8)["n_hidden"]}
+    count = lambda model: cost.active_params(model) - model.embed.weight.numel()  # noqa: E731
+    return given | {"n_hidden": cost.solve(fields, count, scale.parameters, 8)["n_hidden"]}
+
+
+def config_fields(flags: dict) -> dict:
+    return {k: v for k, v in flags.items() if k in HymbaConfig.__dataclass_fields__}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is to be run
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run. The stage says what it is for: rate, epoch, flops (as an epoch, matched in them), long, recall."""
+
+    system: str
+    scale: str
+    stage: str
+    tokens: float
+    learning_rate: float  # 0: not known yet
+    seed: int = 1
+
+    @property
+    def key(self) -> tuple:
+        return self.scale, self.system, self.stage, self.learning_rate, self.seed
+
+    @property
+    def name(self) -> str:
+        return "-".join([self.scale, self.system, self.stage, f"{self.learning_rate:g}", str(self.seed)])
+
+    def flags(self) -> dict:
+        scale, rate = SCALES[self.scale], self.learning_rate
+        steps = scale.steps(self.tokens)
+        match = "flops" if self.stage == "flops" else "parameters"
+        schedule = {"max_steps": steps, "warmup_steps": min(100, steps // 4), "decay_steps": steps // 4}
+        rates = {"learning_rate": rate, "min_lr": rate / 100, "seed": self.seed, "eval_interval": steps}
+        return settings(self.system, scale, match) | schedule | rates
+
+
+def trials(done: dict, system: str) -> tuple[list[float], float]:
+    """The rates to be tried for a system, and the best of them, 0 while one is missing.
+
+    A best rate at the edge asks for its neighbour, half or twice as large, up to three times.
+    """
+    rates = list(RATES)
+    for _ in range(4):
+        rows = [done.get(("small", system, "rate", rate, 1)) for rate in rates]
+        if None in rows:
+            return rates, 0.0
+        best = min(zip(rates, rows, strict=True), key=lambda pair: pair[1]["val_loss"] or math.inf)[0]
+        if best not in (rates[0], rates[-1]):
+            break
+        rates = [best / 2, *rates] if best == rates[0] else [*rates, 2 * best]
+    return rates, best
+
+
+def plans(done: dict) -> Iterator[Plan]:
+    """All runs of the study, the most important first."""
+    best = {system: trials(done, system)[1] for system in SYSTEMS}
+    for systems in (MAIN, [system for system in SYSTEMS if system not in MAIN]):
+        for system in systems:
+            for rate in trials(done, system)[0]:
+                yield Plan(system, "small", "rate", TRIAL, rate)
+            yield Plan(system, "small", "epoch", EPOCH, best[system])
+        for system in systems if systems == MAIN else ():
+            for rate in RECALL_RATES:
+                yield Plan(system, "recall", "recall", RECALL, rate)
+        for system in systems:
+            yield Plan(system, "small", "epoch", EPOCH, best[system], seed=2)
+    for system in ("transformer", "mamba", "inter"):  # Hymba's own operations are the measure
+        yield Plan(system, "small", "flops", EPOCH, best[system])
+    ranked = [*ranking(done), *SYSTEMS]
+    for system in list(dict.fromkeys(ranked))[:5]:
+        yield Plan(system, "small", "long", 4 * EPOCH, best[system])
+    for system in dict.fromkeys(["transformer", "mamba", "inter", "hymba", ranked[0]]):  # twice as wide: half the rate
+        yield Plan(system, "large", "epoch", 2 * EPOCH, best[system] / 2)
+
+
+def ranking(done: dict) -> dict[str, list[dict]]:
+    """Epochs of each system that has one at the small scale, a row for each seed; the lowest mean loss first."""
+    rows = {}
+    for system in SYSTEMS:
+        rate = trials(done, system)[1]
+        found = [done.get(("small", system, "epoch", rate, seed)) for seed in (1, 2)]
+        if found := [r for r in found if r and r["val_loss"]]:
+            rows[system] = found
+    return dict(sorted(rows.items(), key=lambda pair: mean_loss(pair[1])))
+
+
+def mean_loss(rows: list[dict]) -> float:
+    return statistics.mean(r["val_loss"] for r in rows)
+
+
+def seconds(plan: Plan, done: dict) -> float:
+    """How long a run will take: at the speed of a run of the same system and scale, if there is one."""
+    speeds = [r["tokens_per_s"] for k, r in done.items() if k[:2] == (plan.scale, plan.system) and r["tokens_per_s"]]
+    guess = SPEED * SCALES["small"].parameters / SCALES[plan.scale].parameters
+    return START + plan.tokens / (max(speeds) if speeds else guess)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Running
+
+
+def read(results: Path) -> dict:
+    """Results by the key of their plan, the last of each."""
+    names = {"scale": str, "system": str, "stage": str, "learning_rate": float, "seed": int, "flags": dict}
+    done = {}
+    for number, line in enumerate(results.read_text().splitlines() if results.exists() else [], 1):
+        row = parse_json(line, f"{results}, line {number}", names)
+        done[row["scale"], row["system"], row["stage"], row["learning_rate"], row["seed"]] = row
+    return done
+
+
+def train(plan: Plan, env: dict, deadline: float) -> dict | None:
+    """Train a plan's model; None if the time ran out first. Of a run that diverged, val_loss is None. Raises
+    RuntimeError with what train.py printed if it fails otherwise."""
+    folder, begin = ROOT / "out" / "study" / plan.name, time.monotonic()
+    options = [f"--{name}={value}" for name, value in plan.flags().items()]
+    again = ["--resume=anyway"] if (folder / "last").exists() else ["--overwrite"]
+    command = [sys.executable, "train.py", "config/study.py", *options, f"--out_dir={folder}", *again]
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    timer = threading.Timer(deadline - begin, process.send_signal, [signal.SIGTERM])
+    timer.start()
+    said = process.communicate()[0]
+    timer.cancel()
+    diverged = process.returncode and "try a lower learning_rate" in said
+    if process.returncode and not diverged:
+        raise RuntimeError(f"{plan.name}: {said[-2000:]}")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps, last = [r for r in rows if "loss" in r], rows[-1]
+    if not diverged and "val_loss" not in last:
+        return None
+    speed = statistics.median([r["tokens_per_s"] for r in steps[len(steps) // 2 :]] or [0])
+    curve = [(r["step"], round(r["loss"], 4)) for r in steps[:: max(1, len(steps) // 200)]]
+    return {"val_loss": last.get("val_loss"), "val_bpb": last.get("val_bpb"), "tokens_per_s": speed,
+            "seconds": round(time.monotonic() - begin), "curve": curve}  # fmt: skip
+
+
+def measure(plan: Plan, env: dict, texts: list[str]) -> dict:
+    """What else is known of a trained model: of recall, accuracies; of text, losses by position, the needle, and the
+    speed of decoding 64 sequences of 8,192 tokens."""
+    folder = ROOT / "out" / "study" / plan.name
+
+    def evaluate(task: str, *options: str) -> dict:
+        out = folder / f"{task}.json"
+        command = [sys.executable, "evaluate.py", task, f"--init_from={folder}", f"--out={out}", *options]
+        subprocess.run(command, cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL)
+        return next(iter(json.loads(out.read_text())["models"].values()))
+
+    if plan.stage == "recall":
+        result = evaluate("recall")
+        return {name: result[name] for name in ("accuracy", "pairs", "cache_bytes")}
+    if plan.stage == "rate" or plan.seed > 1:
+        return {}
+    result = {
+        "position": evaluate("loss")["texts"],
+        "needle": evaluate("needle", "--needle=pass_key = {}", "--trials=32"),
+    }
+    if texts:
+        result["texts"] = evaluate("loss", *(f"--text={text}" for text in texts))["texts"]
+    if torch.cuda.is_available():
+        fields = config_fields(plan.flags()) | {"block_size": 8192}
+        spec = {"batch": 64, "contexts": [8192], "config": fields, "prefill": False}
+        command = [sys.executable, "bench.py", "decode", f"--worker={json.dumps(spec)}"]
+        said = subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True, text=True).stdout
+        result["decode_tokens_per_s"] = json.loads(said.splitlines()[-1])[0]["tokens_per_s"]
+    return result
+
+
+class Driver:
+    """Runs what is missing, one run at a time on each GPU, until the deadline, and appends what came out to results."""
+
+    def __init__(self, results: Path, deadline: float, commit: str, texts: list[str]):
+        self.results, self.deadline, self.texts = results, deadline, texts
+        self.busy, self.lock = set(), threading.Lock()  # keys of the plans that are being run
+        self.origin = {"commit": commit, "torch": torch.__version__}
+        for flags in (scale.flags for scale in SCALES.values()):
+            meta = prepare.open_split(ROOT / "data" / flags["dataset"], "train", flags["data_command"])[1]
+            self.origin[f"{flags['dataset']}_data"] = meta["train"]["sha256"][:12]
+
+    def next(self) -> Plan | None:
+        """The first plan that is not done, is not being run, has a rate, and will end in time."""
+        with self.lock:
+            done, left = read(self.results), self.deadline - time.monotonic()
+            for plan in plans(done):
+                new = plan.learning_rate and plan.key not in done and plan.key not in self.busy
+                if new and seconds(plan, done) < left:
+                    self.busy.add(plan.key)
+                    return plan
+        return None
+
+    def work(self, gpu: int | None) -> None:
+        env = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)})
+        device = "cpu" if gpu is None else torch.cuda.get_device_name(gpu)
+        while plan := self.next():
+            print(f"{time.strftime('%H:%M:%S')} {plan.name} on {device}", flush=True)
+            outcome = train(plan, env, self.deadline)
+            if outcome is None:
+                return
+            if outcome["val_loss"] is not None:
+                outcome |= measure(plan, env, self.texts)
+            row = {"scale": plan.scale, "system": plan.system, "stage": plan.stage, "tokens": plan.tokens}
+            row |= {"learning_rate": plan.learning_rate, "seed": plan.seed, "flags": plan.flags()}
+            with self.lock, naming(self.results), self.results.open("a") as f:
+                f.write(json.dumps(row | outcome | self.origin | {"device": device}) + "\n")
+            print(f"{time.strftime('%H:%M:%S')} {plan.name}: loss {outcome['val_loss']}", flush=True)
+
+
+def listing(done: dict) -> None:
+    """Print every run, with its loss or how long it will take, and how long all that is missing will."""
+    total = 0.0
+    for plan in plans(done):
+        row, took = done.get(plan.key), seconds(plan, done)
+        total += 0 if row else took
+        what = (
+            f"missing, {took / 60:.1f} min"
+            if not row
+            else f"loss {row['val_loss']:.4f}"
+            if row["val_loss"]
+            else "diverged"
+        )
+        print(f"{plan.name:42} {what}")
+    print(f"missing: {total / 3600:.1f} hours on one GPU")
+
+
+def main(argv: list[str]) -> None:
+    parser = Parser("study.py", __doc__)
+    parser.add_argument("--minutes", type=float, help="run what is missing for so long")
+    parser.add_argument("--list", action="store_true", help="what is done, and what is missing")
+    parser.add_argument("--figures", action="store_true", help="print the tables and draw the pictures")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="the folder of runs.jsonl [results]")
+    parser.add_argument(
+        "--text", action="append", default=[], help="a file to measure the loss on, too; can be repeated"
+    )
+    parser.add_argument("--commit", help="of the code that runs [what git says]")
+    args = parser.parse_args(argv)
+    if not (args.list or args.figures or args.minutes):
+        raise ValueError("nothing to do: give --list, --minutes=9 or --figures")
+    args.results.mkdir(parents=True, exist_ok=True)
+    results = args.results / "runs.jsonl"
+    if args.minutes:
+        deadline = time.monotonic() + 60 * args.minutes
+        asked = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+        if not (commit := args.commit or asked.stdout.strip()):
+            raise ValueError("git does not know this folder: say which code runs, --commit=NAME")
+        driver = Driver(results, deadline, commit, args.text)
+        gpus = list(range(torch.cuda.device_count())) or [None]
+        with ThreadPoolExecutor(len(gpus)) as pool:
+            list(pool.map(driver.work, gpus))
+    if args.list:
+        listing(read(results))
+    if args.figures:
+        import figures
+
+        figures.main(read(results), args.results)
+
+
+if __name__ == "__main__":
+    run("study.py", main, "--text")

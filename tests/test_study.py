@@ -1,0 +1,124 @@
+"""The study: what is to be run and in which order, sizes that match, a run that is cut off, tables and pictures."""
+
+import json
+import math
+import os
+import time
+
+import pytest
+from runs import ROOT
+
+import cost
+import figures
+import study
+
+
+def made_up(plan: study.Plan, loss: float) -> dict:
+    row = {"scale": plan.scale, "system": plan.system, "stage": plan.stage, "tokens": plan.tokens, "seed": plan.seed}
+    row |= {"learning_rate": plan.learning_rate, "flags": plan.flags(), "val_loss": loss, "val_bpb": loss / 2}
+    row |= {"tokens_per_s": 1e6, "curve": [(i, loss + 1 / i) for i in range(1, 200)]}
+    if plan.stage == "recall":
+        return row | {"accuracy": 0.5, "pairs": {"4": {"accuracy": 0.9}, "8": {"accuracy": 0.1}}, "cache_bytes": 1000}
+    position = {"study": {"edges": [1, 10, 100], "by_position": [3.0, 2.0]}}
+    needle = {"lengths": [256, 1024], "choice": [[0.5, 0.25], [0.5, 0.75]]}
+    return row | {"decode_tokens_per_s": 1e4, "position": position, "needle": needle}
+
+
+def test_the_study_ends_and_repeats_nothing():
+    """Each run is planned once, with rates at the best of the trials; a best rate at the edge has neighbours tried."""
+    optimum, done, order = {"mamba": 16e-3, "transformer": 0.25e-3}, {}, []
+    while plan := next((p for p in study.plans(done) if p.learning_rate and p.key not in done), None):
+        far = abs(math.log2(plan.learning_rate / optimum.get(plan.system, 2e-3)))
+        done[plan.key] = {"val_loss": 1.5 + far / 10, "tokens_per_s": 1e6} | plan.__dict__
+        order.append(plan)
+    assert all(p.key in done for p in study.plans(done)) and len({p.name for p in order}) == len(order)
+    assert [p.stage for p in order[:4]] == ["rate"] * 3 + ["rate"] and order[0].system == "transformer"
+    rate = {p.system: p.learning_rate for p in order if (p.scale, p.stage) == ("small", "epoch")}
+    assert rate == dict.fromkeys(study.SYSTEMS, 2e-3) | optimum
+    assert {p.seed for p in order if p.stage == "epoch" and p.system == "hymba" and p.scale == "small"} == {1, 2}
+    diverged = {k: r | {"val_loss": None if k[3] == 2e-3 else r["val_loss"]} for k, r in done.items()}
+    assert study.trials(diverged, "hymba")[1] != 2e-3
+
+
+@pytest.mark.parametrize("scale", study.SCALES)
+def test_sizes_match(scale):
+    """All systems have as many active parameters within 1%, or, matched in FLOPs, need as many of them as Hymba."""
+    for system in study.MAIN if scale == "recall" else study.SYSTEMS:
+        model = cost.meta_model(study.config_fields(study.settings(system, study.SCALES[scale])))
+        n = cost.active_params(model) - model.embed.weight.numel()
+        assert n == pytest.approx(study.SCALES[scale].parameters, rel=0.01), system
+    flops = lambda *args: cost.flops_per_token(cost.meta_model(study.config_fields(study.settings(*args))))  # noqa: E731
+    for system in ("transformer", "mamba", "inter"):
+        like = flops("hymba", study.SCALES[scale])
+        assert flops(system, study.SCALES[scale], "flops") == pytest.approx(like, rel=0.01)
+
+
+@pytest.fixture
+def toy(corpus, tmp_path, monkeypatch):
+    """The study at toy size, on data of its own: a driver."""
+    (tmp_path / "data").symlink_to(corpus / "data")
+    for name in ("train.py", "config"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    sizes = dict(n_layer=3, n_embd=16, n_head=2, n_kv_head=1, block_size=16, window=8, batch_size=2)
+    flags = study.SHARED | sizes | dict(dataset="words", vocab_size=320, eval_windows=4, data_command="", device="cpu")
+    scale = study.Scale(30_000, flags | {"threads": 1})
+    monkeypatch.setattr(study, "SCALES", dict.fromkeys(study.SCALES, scale))
+    monkeypatch.setattr(study, "SYSTEMS", {s: study.SYSTEMS[s] for s in ("transformer", "hymba")})
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return lambda seconds: study.Driver(tmp_path / "runs.jsonl", time.monotonic() + seconds, "abc", [])
+
+
+def test_a_run_is_recorded_and_goes_on(toy, tmp_path, monkeypatch):
+    plan = study.Plan("hymba", "small", "rate", 64 * 32, 1e-3)
+    monkeypatch.setattr(study, "plans", lambda done: [plan])
+    monkeypatch.setattr(study, "START", 0)
+    toy(0).work(None)  # no time: nothing is begun
+    assert not (tmp_path / "runs.jsonl").exists() and not (tmp_path / "out").exists()
+    toy(600).work(None)
+    (row,) = study.read(tmp_path / "runs.jsonl").values()
+    assert row["val_loss"] > 0 and row["commit"] == "abc" and row["device"] == "cpu" and len(row["words_data"]) == 12
+    assert row["flags"]["max_steps"] == 64 and row["curve"][-1][0] == 64
+    toy(600).work(None)  # done: not run again
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 1
+
+
+def test_cut_off_runs_go_on(toy, tmp_path, monkeypatch):
+    plan = study.Plan("transformer", "small", "rate", 2000 * 32, 1e-3)
+    folder = tmp_path / "out/study" / plan.name
+    assert study.train(plan, os.environ, time.monotonic() + 12) is None
+    assert (folder / "last").exists()
+    monkeypatch.setattr(study.Plan, "flags", shorter(study.Plan.flags, folder))
+    row = study.train(plan, os.environ, time.monotonic() + 600)
+    assert row["val_loss"] > 0 and row["curve"][0][0] == 1
+
+
+def shorter(flags, folder):
+    """A plan's flags, with an end just behind the checkpoint that there is."""
+    steps = json.loads((folder / "last/config.json").read_text())["step"] + 10
+    return lambda plan: flags(plan) | {"max_steps": steps, "eval_interval": steps, "decay_steps": 5}
+
+
+def test_tables_and_pictures(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    results = tmp_path / "runs.jsonl"
+    done = {}
+    for plan in (p for system in study.MAIN[:4] for p in plans_of(system)):
+        done[plan.key] = made_up(plan, 1.5 + abs(plan.learning_rate - 1e-3) + plan.seed / 100)
+    results.write_text("".join(json.dumps(row) + "\n" for row in done.values()))
+    study.main(["--list", "--figures", f"--results={tmp_path}"])
+    out = capsys.readouterr().out
+    assert "| hymba | `HhhhhHhhhhhH` | 1.5150 | 0.0050 | 0.7575 | 0.001 | 0.500 | 1,000,000 | 10,000 |" in out
+    assert "hours on one GPU" in out and all((tmp_path / f"{name}.png").stat().st_size for name in figures.PICTURES)
+    with pytest.raises(ValueError, match="nothing to do"):
+        study.main([f"--results={tmp_path}"])
+    results.write_text('{"scale": 3}\n')
+    with pytest.raises(ValueError, match="runs.jsonl, line 1"):
+        study.main(["--list", f"--results={tmp_path}"])
+
+
+def plans_of(system: str) -> list[study.Plan]:
+    rates = [study.Plan(system, "small", "rate", study.TRIAL, rate) for rate in (0.5e-3, *study.RATES)]
+    epochs = [study.Plan(system, "small", "epoch", study.EPOCH, 1e-3, seed) for seed in (1, 2)]
+    return rates + epochs + [study.Plan(system, "recall", "recall", study.RECALL, 1e-3)]
