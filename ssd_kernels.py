@@ -259,9 +259,15 @@ def _tile(x: Tensor, B: Tensor, tokens: int) -> dict:
     """Constants of all kernels, for chunks of so many tokens: fewer in float32, and where there are no more."""
     t, p, n = x.shape[1], x.shape[3], B.shape[2]
     half = x.dtype == torch.bfloat16
-    q = min(tokens if half else 32, max(16, triton.next_power_of_2(t)))
+    q = min(tokens if half else 16, max(16, triton.next_power_of_2(t)))
     blocks = dict(BP=max(16, triton.next_power_of_2(p)), BN=max(16, triton.next_power_of_2(n)))
     return dict(P=p, N=n, Q=q, DOT=tl.bfloat16 if half else tl.float32) | blocks
+
+
+def _launch(tile: dict, num_warps: int, num_stages: int) -> dict:
+    """A launch, its constants included. Float32 has no tensor core: operands lie in registers, hence more warps."""
+    half = tile["DOT"] == tl.bfloat16
+    return tile | dict(num_warps=num_warps if half else 8, num_stages=num_stages if half else 1)
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -289,7 +295,7 @@ def _states(x, B, step, s, first, n_chunk, tile, reverse=False) -> tuple[Tensor,
     tile = tile | dict(BP=min(64 if b * heads >= 256 else 32, tile["BP"]))
     ssd_states_kernel[(triton.cdiv(p, tile["BP"]), heads, b)](
         x, B, step, s, first, states, last, t, heads, n_chunk, *x.stride()[:3], *B.stride()[:2],
-        REVERSE=reverse, **tile, num_warps=4, num_stages=3 if large() else 2,
+        REVERSE=reverse, **_launch(tile, 4, 3 if large() else 2),
     )  # fmt: skip
     return states, last
 
@@ -312,7 +318,7 @@ def _ssd_forward(
     y, (n_group, group) = x.new_empty(b, t, heads, p), _groups(heads)
     ssd_output_kernel[(n_group, n_chunk, b)](
         x, B, C, D, step, s, states, y, t, heads, group, n_chunk, *x.stride()[:3], *B.stride()[:2], *C.stride()[:2],
-        **tile, num_warps=8 if tile["Q"] == 128 else 4, num_stages=2,
+        **_launch(tile, 8 if tile["Q"] == 128 else 4, 2),
     )  # fmt: skip
     return y, last
 
@@ -344,17 +350,16 @@ def _ssd_backward(
     dB, dC = torch.empty(2, 2, n_group, b, t, n, dtype=sums, device=x.device)
     before, through = torch.empty_like(s), s.new_empty(b, n_chunk, heads)
     of_heads = s.new_empty(3, b * n_chunk, heads)
-    grid, launch = (n_group, n_chunk, b), tile | dict(num_stages=2)
-    ssd_backward_states_kernel[grid](
+    ssd_backward_states_kernel[(n_group, n_chunk, b)](
         x, C, dy, step, s, states, dstates, before, through, dB[0], dC[0], t, heads, group, n_chunk,
-        *x.stride()[:3], *C.stride()[:2], *dy.stride()[:3], **launch,
-        num_warps=4 if large() else 8,
+        *x.stride()[:3], *C.stride()[:2], *dy.stride()[:3],
+        **_launch(tile, 4 if large() else 8, 2),
     )  # fmt: skip
-    ssd_backward_kernel[grid](
+    ssd_backward_kernel[(n_group, n_chunk, b)](
         x, dt, A, B, C, D, dt_bias, dy, step, s, dstates, before, through, dx, ddt, dB[1], dC[1], of_heads,
         t, heads, group, n_chunk,
-        *x.stride()[:3], *dt.stride()[:2], *B.stride()[:2], *C.stride()[:2], *dy.stride()[:3], **launch,
-        num_warps=4,
+        *x.stride()[:3], *dt.stride()[:2], *B.stride()[:2], *C.stride()[:2], *dy.stride()[:3],
+        **_launch(tile, 4, 2),
     )  # fmt: skip
     dB, dC = (u.sum((0, 1), dtype=torch.float32).to(B.dtype) for u in (dB, dC))
     return dx, ddt, dB, dC, of_heads.sum(1), dstate
