@@ -292,10 +292,11 @@ def _states(x, B, step, s, first, n_chunk, tile, reverse=False) -> tuple[Tensor,
     dtype = torch.bfloat16 if tile["DOT"] == tl.bfloat16 else torch.float32
     states = torch.empty(b, n_chunk, heads, p, n, dtype=dtype, device=x.device)
     last = torch.empty(b, heads, p, n, dtype=torch.float32, device=x.device)
-    tile = tile | dict(BP=min(64 if b * heads >= 256 else 32, tile["BP"]))
+    tile = tile | dict(BP=min(32, tile["BP"]))
+    # In order, chunk by chunk: what hides the latency is other programs, and with 128 registers, four fit at once.
     ssd_states_kernel[(triton.cdiv(p, tile["BP"]), heads, b)](
         x, B, step, s, first, states, last, t, heads, n_chunk, *x.stride()[:3], *B.stride()[:2],
-        REVERSE=reverse, **_launch(tile, 4, 3 if large() else 2),
+        REVERSE=reverse, **_launch(tile, 4, 2), maxnreg=128,
     )  # fmt: skip
     return states, last
 
