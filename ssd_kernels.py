@@ -13,8 +13,7 @@ for all chunks at once. No exponent is positive, so nothing overflows. dt, s, su
 that is multiplied element by element are float32. Products take operands as they are in memory: bfloat16, or else
 float32, without tensor cores.
 
-Nothing is kept for the backward pass but the inputs: writing all states and reading them again takes less time than
-they would take memory.
+For the backward pass, the inputs alone are kept. It takes the states anew: they are twice as large as x (N = 128).
 """
 
 import torch
@@ -192,9 +191,9 @@ def ssd_backward_kernel(
         da_t = sum_{i >= t > j} Z_ij + sum_{i >= t} before_i + sum_{j < t} u_j . w_j dh B_j + through
         ddt_t = A da_t + x_t . du_t
 
-    dB and dC are sums over heads: each program adds up G of its own, and leaves its sums in (groups, B, T, N). The
-    products stand transposed, tokens j along rows, so that only the sum of all G is ever turned round. Sums over tokens
-    for A and the bias: (2, B, chunks, heads). Grid (groups of heads, chunks, B).
+    dB and dC are sums over heads: each program adds up the G of its own, and leaves the result in (groups, B, T, N).
+    The products stand transposed, tokens j along rows, so that only the sum of all G is ever turned round. What a chunk
+    adds to the gradients of A, the bias and D is in (3, B, chunks, heads). Grid (groups of heads, chunks, B).
     """
     c, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     t, p, n = tl.arange(0, Q), tl.arange(0, BP), tl.arange(0, BN)
@@ -345,8 +344,8 @@ def _ssd_backward(
     dstates, dstate = _states(dy, C, step, s, dlast, n_chunk, tile, reverse=True)
     n_group, group = _groups(heads)
     dx, ddt = x.new_empty(b, t, heads, p), dt.new_empty(b, t, heads)
-    # Of few groups, so in bfloat16 rounding their sums adds as much error as rounding the result. First in each are the
-    # groups' sums of states, then the ones within chunks.
+    # In bfloat16, rounding the sums of a few groups adds as much error as rounding the result. Of each, the first half
+    # is the states' part, the second the one within chunks.
     sums = torch.bfloat16 if B.dtype == torch.bfloat16 else torch.float32
     dB, dC = torch.empty(2, 2, n_group, b, t, n, dtype=sums, device=x.device)
     before, through = torch.empty_like(s), s.new_empty(b, n_chunk, heads)
