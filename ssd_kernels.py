@@ -13,8 +13,7 @@ for all chunks at once. No exponent is positive, so nothing overflows. dt, s, su
 that is multiplied element by element are float32. Products take operands as they are in memory: bfloat16, or else
 float32, without tensor cores.
 
-Nothing is kept for the backward pass but the inputs: writing all states and reading them again takes less time than
-they would take memory.
+For the backward pass, the inputs alone are kept. It takes the states anew: they are twice as large as x (N = 128).
 """
 
 import torch
@@ -192,9 +191,9 @@ def ssd_backward_kernel(
         da_t = sum_{i >= t > j} Z_ij + sum_{i >= t} before_i + sum_{j < t} u_j . w_j dh B_j + through
         ddt_t = A da_t + x_t . du_t
 
-    dB and dC are sums over heads: each program adds up G of its own, and leaves its sums in (groups, B, T, N). The
-    products stand transposed, tokens j along rows, so that only the sum of all G is ever turned round. Sums over tokens
-    for A and the bias: (2, B, chunks, heads). Grid (groups of heads, chunks, B).
+    dB and dC are sums over heads: each program adds up the G of its own, and leaves the result in (groups, B, T, N).
+    The products stand transposed, tokens j along rows, so that only the sum of all G is ever turned round. What a chunk
+    adds to the gradients of A, the bias and D is in (3, B, chunks, heads). Grid (groups of heads, chunks, B).
     """
     c, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     t, p, n = tl.arange(0, Q), tl.arange(0, BP), tl.arange(0, BN)
@@ -259,9 +258,15 @@ def _tile(x: Tensor, B: Tensor, tokens: int) -> dict:
     """Constants of all kernels, for chunks of so many tokens: fewer in float32, and where there are no more."""
     t, p, n = x.shape[1], x.shape[3], B.shape[2]
     half = x.dtype == torch.bfloat16
-    q = min(tokens if half else 32, max(16, triton.next_power_of_2(t)))
+    q = min(tokens if half else 16, max(16, triton.next_power_of_2(t)))
     blocks = dict(BP=max(16, triton.next_power_of_2(p)), BN=max(16, triton.next_power_of_2(n)))
     return dict(P=p, N=n, Q=q, DOT=tl.bfloat16 if half else tl.float32) | blocks
+
+
+def _launch(tile: dict, num_warps: int, num_stages: int) -> dict:
+    """A launch, its constants included. Float32 has no tensor core: operands lie in registers, hence more warps."""
+    half = tile["DOT"] == tl.bfloat16
+    return tile | dict(num_warps=num_warps if half else 8, num_stages=num_stages if half else 1)
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -286,10 +291,11 @@ def _states(x, B, step, s, first, n_chunk, tile, reverse=False) -> tuple[Tensor,
     dtype = torch.bfloat16 if tile["DOT"] == tl.bfloat16 else torch.float32
     states = torch.empty(b, n_chunk, heads, p, n, dtype=dtype, device=x.device)
     last = torch.empty(b, heads, p, n, dtype=torch.float32, device=x.device)
-    tile = tile | dict(BP=min(64 if b * heads >= 256 else 32, tile["BP"]))
+    tile = tile | dict(BP=min(32, tile["BP"]))
+    # In order, chunk by chunk: what hides the latency is other programs, and with 128 registers, four fit at once.
     ssd_states_kernel[(triton.cdiv(p, tile["BP"]), heads, b)](
         x, B, step, s, first, states, last, t, heads, n_chunk, *x.stride()[:3], *B.stride()[:2],
-        REVERSE=reverse, **tile, num_warps=4, num_stages=3 if large() else 2,
+        REVERSE=reverse, **_launch(tile, 4, 2), maxnreg=128,
     )  # fmt: skip
     return states, last
 
@@ -312,7 +318,7 @@ def _ssd_forward(
     y, (n_group, group) = x.new_empty(b, t, heads, p), _groups(heads)
     ssd_output_kernel[(n_group, n_chunk, b)](
         x, B, C, D, step, s, states, y, t, heads, group, n_chunk, *x.stride()[:3], *B.stride()[:2], *C.stride()[:2],
-        **tile, num_warps=8 if tile["Q"] == 128 else 4, num_stages=2,
+        **_launch(tile, 8 if tile["Q"] == 128 else 4, 2),
     )  # fmt: skip
     return y, last
 
@@ -338,23 +344,22 @@ def _ssd_backward(
     dstates, dstate = _states(dy, C, step, s, dlast, n_chunk, tile, reverse=True)
     n_group, group = _groups(heads)
     dx, ddt = x.new_empty(b, t, heads, p), dt.new_empty(b, t, heads)
-    # Of few groups, so in bfloat16 rounding their sums adds as much error as rounding the result. First in each are the
-    # groups' sums of states, then the ones within chunks.
+    # In bfloat16, rounding the sums of a few groups adds as much error as rounding the result. Of each, the first half
+    # is the states' part, the second the one within chunks.
     sums = torch.bfloat16 if B.dtype == torch.bfloat16 else torch.float32
     dB, dC = torch.empty(2, 2, n_group, b, t, n, dtype=sums, device=x.device)
     before, through = torch.empty_like(s), s.new_empty(b, n_chunk, heads)
     of_heads = s.new_empty(3, b * n_chunk, heads)
-    grid, launch = (n_group, n_chunk, b), tile | dict(num_stages=2)
-    ssd_backward_states_kernel[grid](
+    ssd_backward_states_kernel[(n_group, n_chunk, b)](
         x, C, dy, step, s, states, dstates, before, through, dB[0], dC[0], t, heads, group, n_chunk,
-        *x.stride()[:3], *C.stride()[:2], *dy.stride()[:3], **launch,
-        num_warps=4 if large() else 8,
+        *x.stride()[:3], *C.stride()[:2], *dy.stride()[:3],
+        **_launch(tile, 4 if large() else 8, 2),
     )  # fmt: skip
-    ssd_backward_kernel[grid](
+    ssd_backward_kernel[(n_group, n_chunk, b)](
         x, dt, A, B, C, D, dt_bias, dy, step, s, dstates, before, through, dx, ddt, dB[1], dC[1], of_heads,
         t, heads, group, n_chunk,
-        *x.stride()[:3], *dt.stride()[:2], *B.stride()[:2], *C.stride()[:2], *dy.stride()[:3], **launch,
-        num_warps=4,
+        *x.stride()[:3], *dt.stride()[:2], *B.stride()[:2], *C.stride()[:2], *dy.stride()[:3],
+        **_launch(tile, 4, 2),
     )  # fmt: skip
     dB, dC = (u.sum((0, 1), dtype=torch.float32).to(B.dtype) for u in (dB, dC))
     return dx, ddt, dB, dC, of_heads.sum(1), dstate

@@ -69,11 +69,9 @@ def call_all(C: int, H: int, G: int, n_hidden: int, V: int) -> None:
     B, T, P, N = 1, 2176, 64, 128
     xBC, dt = new(B, T, D + 2 * N), new(B, T, D // P)
     x, BC, head = xBC[..., :D].unflatten(2, (-1, P)), (xBC[..., D : D + N], xBC[..., D + N :]), new32(D // P)
-    for rows in (1, 256):  # states of 32 channels to a program, and of 64
-        x_, dt_, B_, C_ = (u.expand(rows, *u.shape[1:]) for u in (x, dt, *BC))
-        ssd_kernels._ssd_forward(x_, dt_, head, B_, C_, head, head, None)
-    state = new32(B, D // P, P, N)
-    ssd_kernels._ssd_backward(x, dt, head, *BC, head, head, state, new(B, T, D // P, P), state)
+    ssd = x, dt, head, *BC, head, head
+    ssd_kernels._ssd_forward(*ssd, None)
+    ssd_kernels._ssd_backward(*ssd, state := new32(B, D // P, P, N), new(B, T, D // P, P), state)
     kernels.conv(x := new(B, T, 2 * D)[..., :D], weight := new32(D, 4), bias := new32(D), 0)
     kernels.conv_backward_op(new(B, T, D), x, weight, bias, 0)
     q, k, v = new(B, T, H, E), new(B, T, G, E), new(B, T, G, F)
