@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,39 +18,27 @@ SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KB that a prog
 # Bytes that a thread may spill, the most of Triton 3.6 to 3.9; with 3.6 on Hopper none does
 SPILLS = dict(scan_forward_kernel=96, scan_backward_kernel=160)
 SPILLS |= dict(attention_forward=16, attention_backward_q=32, attention_backward_kv=96)
-# Mamba-2's: by Triton 3.6. Of the backward pass, most are addresses, kept from before the loop over heads
-SPILLS |= dict(ssd_states_kernel=64, ssd_output_kernel=96, ssd_backward_states_kernel=128, ssd_backward_kernel=640)
+# Mamba-2's. Of the backward pass, most are addresses, kept from before the loop over heads
+SPILLS |= dict(ssd_states_kernel=456, ssd_output_kernel=96, ssd_backward_states_kernel=136, ssd_backward_kernel=640)
 # Where attention's tiles come without the memory accelerator
 BY_POINTERS = SPILLS | dict(attention_forward=160, attention_backward_q=64, attention_backward_kv=120)
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """Capability -> what compile_kernels.py says of each kernel."""
-
-    folder = tmp_path_factory.mktemp("compiled")
-
-    def compile_all(capability: int) -> list[dict]:
-        env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder / str(capability))}
-        command = [sys.executable, str(Path(__file__).parent / "compile_kernels.py"), str(capability)]
-        done = subprocess.run(command, capture_output=True, text=True, env=env | {"OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr
-        return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"kernel"')]
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(SHARED, pool.map(compile_all, SHARED), strict=True))
+BY_POINTERS |= dict(ssd_backward_kernel=744)
 
 
 @pytest.mark.skipif(not TRITON, reason="pip install triton: 3.6 or later")
 @pytest.mark.parametrize("capability", SHARED)
-def test_every_kernel_compiles(compiled, capability):
+def test_every_kernel_compiles(capability, tmp_path):
+    command = [sys.executable, str(Path(__file__).parent / "compile_kernels.py"), str(capability)]
+    env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"kernel"')]
     source = "".join((ROOT / f"{name}.py").read_text() for name in ("kernels", "engine_kernels", "ssd_kernels"))
     launched = set(re.findall(r"^ +(\w+)\[.+\]\(", source, re.M))
-    assert launched == {row["kernel"] for row in compiled[capability]} and len(launched) > 15
-    spills = SPILLS if 90 <= capability < 120 else BY_POINTERS
-    room = SHARED[capability] * 1024
+    assert launched == {row["kernel"] for row in rows} and len(launched) > 20
+    room, spills = SHARED[capability] * 1024, SPILLS if 90 <= capability < 120 else BY_POINTERS
     fits = lambda row: "error" not in row and row["shared"] <= room and row["spills"] <= spills.get(row["kernel"], 0)  # noqa: E731
-    assert not [row for row in compiled[capability] if not fits(row)]
+    assert not [row for row in rows if not fits(row)]
 
 
 @pytest.mark.gpu
