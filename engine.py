@@ -123,7 +123,7 @@ class BlockCache:
         for buffer, new in zip(self.kv, (k, v), strict=True):
             buffer[torch.arange(len(k), device=k.device), self.slot(window, self.pos)] = new[:, 0]
 
-    @torch.compiler.disable  # the host decides what is where
+    @ops.untraced  # the host decides what is where
     def extend(self, window: int | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B, T, G, E or F) and return what their queries see: (B, S, G, E), (B, S, G, F).
 

@@ -6,6 +6,7 @@ Every function here has the name, the signature and the meaning of its definitio
 the ones of model.py.
 """
 
+import functools
 import warnings
 from collections.abc import Callable
 
@@ -27,6 +28,16 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     """What matrix products with x run in: autocast's dtype for x's device if that is on, else x's own."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def untraced(f: Callable) -> Callable:
+    """What torch.compiler.disable makes of f. That loads the compiler, which takes 1.5 s: here, only compiling does."""
+
+    @functools.wraps(f)
+    def call(*args, **options):
+        return (torch.compiler.disable(f) if torch.compiler.is_compiling() else f)(*args, **options)
+
+    return call
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -101,7 +112,7 @@ class _Recurrence(torch.autograd.Function):
         return dx, ddt, dA, dB, dC, dh
 
 
-@torch.compiler.disable  # a loop over tokens is not for tracing
+@untraced  # a loop over tokens
 def selective_scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D=None, z=None, dt_bias=None, state=None
 ) -> tuple[Tensor, Tensor]:
@@ -214,13 +225,20 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, reduction: 
 # Rotary position embedding
 
 
-@torch.library.custom_op("hymba::rope_table", mutates_args=())  # else torch.compile takes every sine in every block
-def rope_table(pos: Tensor, freq: Tensor) -> tuple[Tensor, Tensor]:
+def angles(pos: Tensor, freq: Tensor) -> tuple[Tensor, Tensor]:
     angle = pos[..., None, None] * freq
     return angle.cos(), angle.sin()
 
 
-@rope_table.register_fake
+_rope_table = torch.library.custom_op("hymba::rope_table", angles, mutates_args=())
+
+
+def rope_table(pos: Tensor, freq: Tensor) -> tuple[Tensor, Tensor]:
+    """One operation to torch.compile, which else takes every sine in every block."""
+    return (_rope_table if torch.compiler.is_compiling() else angles)(pos, freq)
+
+
+@_rope_table.register_fake
 def _(pos, freq):
     return tuple(torch.empty(*pos.shape, 1, len(freq), device=pos.device) for _ in range(2))
 

@@ -20,7 +20,7 @@ SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KB that a prog
 SPILLS = dict(scan_forward_kernel=96, scan_backward_kernel=160)
 SPILLS |= dict(attention_forward=16, attention_backward_q=32, attention_backward_kv=96)
 # Where attention's tiles come without the memory accelerator
-BY_POINTERS = SPILLS | dict(attention_forward=160, attention_backward_q=64)
+BY_POINTERS = SPILLS | dict(attention_forward=160, attention_backward_q=64, attention_backward_kv=120)
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +47,9 @@ def test_every_kernel_compiles(compiled, capability):
     launched = set(re.findall(r"^ +(\w+)\[.+\]\(", source, re.M))
     assert launched == {row["kernel"] for row in compiled[capability]} and len(launched) > 15
     spills = SPILLS if 90 <= capability < 120 else BY_POINTERS
-    for row in compiled[capability]:
-        assert "error" not in row, row
-        assert row["shared"] <= SHARED[capability] * 1024 and row["spills"] <= spills.get(row["kernel"], 0), row
+    room = SHARED[capability] * 1024
+    fits = lambda row: "error" not in row and row["shared"] <= room and row["spills"] <= spills.get(row["kernel"], 0)  # noqa: E731
+    assert not [row for row in compiled[capability] if not fits(row)]
 
 
 @pytest.mark.gpu

@@ -1,5 +1,6 @@
 """Command lines: what is understood, what is said of the rest, and how scripts end."""
 
+import io
 import os
 import re
 import signal
@@ -124,8 +125,9 @@ def test_out_of_memory_says_what_to_lower(error, capfd, monkeypatch):
     def main(argv):
         raise error
 
-    for stream in ("stdin", "stdout", "stderr"):
+    for stream in ("stdout", "stderr"):
         monkeypatch.setattr(sys, stream, getattr(sys, f"__{stream}__"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))  # xdist has read from the real one
     with pytest.raises(SystemExit) as e:
         flags.run("train.py", main, "--batch_size")
     assert e.value.code == 1 and "train.py: out of memory: lower --batch_size" in capfd.readouterr().err
