@@ -76,6 +76,20 @@ def open_text(folder: Path | str, split: str = "val", command: str = "") -> tupl
     return Text(tokens, meta[split]["bytes"] / meta[split]["tokens"], meta.get("record", 1)), meta
 
 
+def read_text(path: Path, tokenizer: Tokenizer) -> Text:
+    """A text file, or all text files of a folder. Raises OSError, or ValueError if the file is not UTF-8."""
+    parts = []
+    for file in sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]:
+        try:
+            parts.append(file.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as e:
+            if not path.is_dir():  # a folder may have other files, too
+                raise ValueError(f"{path} is not UTF-8 text: {e}") from None
+    text = "\n".join(parts)
+    tokens = np.array(tokenizer.encode_ordinary(text), dtype=np.int64)
+    return Text(tokens, len(text.encode()) / max(1, len(tokens)))
+
+
 def window(model: Hymba, text: Text, length: int = 0) -> int:
     """Tokens of a window: the length that was asked for, or else block_size; of records, what they have."""
     return text.record - 1 if text.record > 1 else length or model.config.block_size
@@ -297,21 +311,8 @@ def attention(model: Hymba, text: Text, length: int = 0, n_tokens: int = 2**15) 
 def texts_of(args: Namespace, folder: Path, tokenizer: Tokenizer | None) -> dict[str, Text]:
     """By name, what a model is measured on: --text, or else the validation split of --dataset, or else of the data set
     that the model was trained on."""
-    texts = {}
-    for path in args.text:
-        files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
-        parts = []
-        for file in files:
-            try:
-                parts.append(file.read_text(encoding="utf-8"))
-            except UnicodeDecodeError as e:
-                if not path.is_dir():  # a folder may have other files, too
-                    raise ValueError(f"{path} is not UTF-8 text: {e}") from None
-        text = "\n".join(parts)
-        tokens = np.array(tokenizer.encode_ordinary(text), dtype=np.int64)
-        texts[str(path)] = Text(tokens, len(text.encode()) / max(1, len(tokens)))
-    if texts:
-        return texts
+    if args.text:
+        return {str(path): read_text(path, tokenizer) for path in args.text}
     _, config, settings = checkpoint.read_config(folder)
     trained = config.get("train") or {}
     name = args.dataset or trained.get("dataset")
@@ -429,15 +430,16 @@ def main(argv: list[str]) -> None:
     device, first = pick_device(args.device), Path(names[0])
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else None)
     beside = first.parent if first.exists() else Path()
-    out, models = args.out or beside / f"{first.name}_{args.task}.json", {}
+    out = args.out or beside / f"{first.name}_{args.task}.json"
+    models = {}
+    result = {"task": args.task, "flags": argv, "device": str(device), "torch": torch.__version__, "models": models}
+    out.parent.mkdir(parents=True, exist_ok=True)
     for name, (folder, tokenizer, texts) in inputs.items():
         model = checkpoint.load(name, dtype and getattr(torch, dtype), device).eval()
         about = {"folder": str(folder), "pattern": model.config.pattern, "parameters": model.num_params()}
         models[name] = about | measure(args, model, tokenizer, texts)
+        out.write_text(json.dumps(result, indent=1) + "\n")  # after each model: a later one may fail
         del model  # before the next one is loaded
-    settings = {"task": args.task, "flags": argv, "device": str(device), "torch": torch.__version__}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(settings | {"models": models}, indent=1) + "\n")
     pictures.show(args.task, models, out.with_suffix(".png"))
     print(f"the results: {out}")
 

@@ -70,10 +70,11 @@ def recall_rows(r: dict) -> Iterator[dict]:
 def draw_recall(plt, models: dict[str, dict]) -> None:
     _, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     for name, r in models.items():
-        accuracies, errors = ([u[key] for u in r["pairs"].values()] for key in ("accuracy", "error"))
-        left.plot(list(map(int, r["pairs"])), accuracies, "o-", label=name)
-        right.errorbar(r["cache_bytes"], r["accuracy"], max(u or 0 for u in errors), fmt="o", label=name)
-    left.set(xscale="log", xlabel="pairs", ylabel="accuracy")
+        accuracies, errors = ([u[key] or 0 for u in r["pairs"].values()] for key in ("accuracy", "error"))
+        left.errorbar(list(map(int, r["pairs"])), accuracies, errors, marker="o", capsize=2, label=name)
+        right.plot(r["cache_bytes"], r["accuracy"], "o", label=name)
+    left.set_xscale("log", base=2), left.xaxis.set_major_formatter("{x:.0f}")
+    left.set(xlabel="pairs", ylabel="accuracy", ylim=(-0.03, 1.03))
     right.set(xscale="log", xlabel="bytes of cache", ylabel="mean accuracy")
     left.legend()
 

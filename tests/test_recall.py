@@ -84,10 +84,14 @@ def test_only_answers_count():
 
 
 def test_training_on_records(tmp_path, monkeypatch):
-    """A run that was stopped goes on to the bit. Other lengths and a sample of text are refused."""
-    recall.prepare_recall([2, 4], 1000, data_dir=tmp_path / "data")
-    train_here(tmp_path, *FLAGS, f"--out_dir={tmp_path / 'a'}")
-    step = train.train_step
+    """It reads whole records. A run that was stopped goes on to the bit. Other lengths and a sample are refused."""
+    folder = recall.prepare_recall([2, 4], 1000, data_dir=tmp_path / "data")
+    seen, step, to_device = [], train.train_step, train.to_device
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "to_device", lambda windows, device: (seen.extend(windows), to_device(windows, device))[1])
+        train_here(tmp_path, *FLAGS, f"--out_dir={tmp_path / 'a'}")
+    records = np.concatenate([prepare.open_split(folder, split)[0] for split in ("train", "val")]).reshape(-1, 17)
+    assert {row.tobytes() for row in seen} < {row.astype(np.int64).tobytes() for row in records} and len(seen) > 48
     with monkeypatch.context() as patch:
         stop = lambda run, i: (i == 8 and signal.raise_signal(signal.SIGINT), step(run, i))[1]  # noqa: E731
         patch.setattr(train, "train_step", stop)
