@@ -66,12 +66,11 @@ def call_all(C: int, H: int, G: int, n_hidden: int, V: int) -> None:
         _, _, chunks = kernels._scan_forward(*scan, None, True)
         kernels._scan_forward(*scan, new32(B, D, N), False)
         kernels._scan_backward(*scan, chunks, new(B, T, D), None)
-    B, T, P, N = 1, 2176, 64, 128
-    xBC, dt = new(B, T, D + 2 * N), new(B, T, D // P)
-    x, BC, head = xBC[..., :D].unflatten(2, (-1, P)), (xBC[..., D : D + N], xBC[..., D + N :]), new32(D // P)
-    ssd = x, dt, head, *BC, head, head
+    B, T, P, S = 1, 2176, 64, 128  # Mamba-2: channels of a head, states
+    xBC, dt, head = new(B, T, D + 2 * S), new(B, T, D // P), new32(D // P)
+    ssd = xBC[..., :D].unflatten(2, (-1, P)), dt, head, xBC[..., D : D + S], xBC[..., D + S :], head, head
     ssd_kernels._ssd_forward(*ssd, None)
-    ssd_kernels._ssd_backward(*ssd, state := new32(B, D // P, P, N), new(B, T, D // P, P), state)
+    ssd_kernels._ssd_backward(*ssd, state := new32(B, D // P, P, S), new(B, T, D // P, P), state)
     kernels.conv(x := new(B, T, 2 * D)[..., :D], weight := new32(D, 4), bias := new32(D), 0)
     kernels.conv_backward_op(new(B, T, D), x, weight, bias, 0)
     q, k, v = new(B, T, H, E), new(B, T, G, E), new(B, T, G, F)
