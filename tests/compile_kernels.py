@@ -66,7 +66,7 @@ def call_all(C: int, H: int, G: int, n_hidden: int, V: int) -> None:
         _, _, chunks = kernels._scan_forward(*scan, None, True)
         kernels._scan_forward(*scan, new32(B, D, N), False)
         kernels._scan_backward(*scan, chunks, new(B, T, D), None)
-    B, T, P, S = 1, 2176, 64, 128
+    B, T, P, S = 1, 2176, 64, 128  # Mamba-2: channels of a head, states
     xBC, dt, state, head = new(B, T, D + 2 * S), new(B, T, D // P), new32(B, D // P, P, S), new32(D // P)
     x, BC = xBC[..., :D].unflatten(2, (-1, P)), (xBC[..., D : D + S], xBC[..., D + S :])
     ssd_kernels._ssd_forward(x, dt, head, *BC, head, head, None)
