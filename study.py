@@ -359,9 +359,11 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if not (args.list or args.figures or args.minutes):
         raise ValueError("nothing to do: give --list, --minutes=9 or --figures")
-    args.results.mkdir(parents=True, exist_ok=True)
     results = args.results / "runs.jsonl"
+    if args.figures and not args.minutes and not results.exists():
+        raise FileNotFoundError(f"no results in {results}: --minutes=9 makes some")
     if args.minutes:
+        args.results.mkdir(parents=True, exist_ok=True)
         deadline = time.monotonic() + 60 * args.minutes
         asked = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
         if not (commit := args.commit or asked.stdout.strip()):

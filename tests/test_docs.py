@@ -18,13 +18,15 @@ import evaluate
 import prepare
 import recall
 import sample
+import study
 import train
 
 PAGES = ["README.md", "docs/data.md", "docs/weights.md", "docs/training.md", "docs/robustness.md", "docs/speed.md"]
 PAGES += ["docs/systems.md", "docs/evaluation.md"]
 TOY = "--n_embd=16 --n_head=2 --n_kv_head=1 --d_state=2 --n_meta=2 --window=8 --block_size=16 --batch_size=2"
 TOY += " --max_steps=2 --grad_accum=1 --eval_windows=2 --sample_tokens=3 --threads=1 --device=cpu"
-ELSEWHERE = r"pip |pytest|bench\.py|nvidia/|shakespeare|evaluate\.py harness"  # network, GPU, or minutes
+# Network, GPU, or minutes
+ELSEWHERE = r"pip |pytest|bench\.py|nvidia/|shakespeare|evaluate\.py harness|study\.py --(minutes|figures)"
 
 
 def commands(page: str) -> list[str]:
@@ -80,7 +82,7 @@ def test_every_command(small_sources):
 
 def run(script: str, argv: list[str]) -> None:
     scripts = {"train.py": train, "sample.py": sample, "prepare.py": prepare, "recall.py": recall}
-    main = (scripts | {"evaluate.py": evaluate, "cost.py": cost})[script].main
+    main = (scripts | {"evaluate.py": evaluate, "cost.py": cost, "study.py": study})[script].main
     if "--help" in argv:
         with contextlib.suppress(SystemExit):
             main(argv)
