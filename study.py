@@ -246,6 +246,8 @@ def train(plan: Plan, env: dict, deadline: float) -> dict | None:
     timer.start()
     said = process.communicate()[0]
     timer.cancel()
+    if process.returncode == -signal.SIGTERM:  # before the first step
+        return None
     diverged = process.returncode and "try a lower learning_rate" in said
     if process.returncode and not diverged:
         raise RuntimeError(f"{plan.name}: {said[-2000:]}")

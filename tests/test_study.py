@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import threading
 import time
 
 import pytest
@@ -86,8 +87,19 @@ def test_a_run_is_recorded_and_goes_on(toy, tmp_path, monkeypatch):
 
 def test_cut_off_runs_go_on(toy, tmp_path, monkeypatch):
     plan = study.Plan("transformer", "small", "rate", 2000 * 32, 1e-3)
-    folder = tmp_path / "out/study" / plan.name
-    assert study.train(plan, os.environ, time.monotonic() + 12) is None
+    folder, timer = tmp_path / "out/study" / plan.name, threading.Timer
+
+    def once_it_trains(seconds: float, stop, args: list) -> threading.Timer:
+        def wait():
+            while not (folder / "metrics.jsonl").exists() or not (folder / "metrics.jsonl").stat().st_size:
+                time.sleep(0.05)
+            stop(*args)
+
+        return timer(0, wait)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading, "Timer", once_it_trains)
+        assert study.train(plan, os.environ, time.monotonic() + 600) is None
     assert (folder / "last").exists()
     monkeypatch.setattr(study.Plan, "flags", shorter(study.Plan.flags, folder))
     row = study.train(plan, os.environ, time.monotonic() + 600)
