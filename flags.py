@@ -135,8 +135,8 @@ def parse(argv: list[str], description: str = "") -> tuple[TrainConfig, dict]:
         sys.exit(0)
     if "pattern" in given or "n_layer" in given:  # whichever is given replaces both of the file's
         values.pop("pattern", None), values.pop("n_layer", None)
-    if "dataset" in given:
-        values.pop("data_command", None)
+    if "dataset" in given:  # these were for the file's own
+        values.pop("data_command", None), values.pop("prompt", None)
     if "pattern" in given:
         values.pop("hybrid", None)
     for name, value in given.items():

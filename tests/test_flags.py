@@ -25,13 +25,15 @@ def script(name: str, *args: str, cwd=ROOT, **options) -> subprocess.CompletedPr
 
 def test_flags_in_every_spelling(tmp_path):
     file = tmp_path / "mine.py"
-    file.write_text("import math\nbatch_size = 2 * 2\nresume = True\ndata_command = 'make data'\nout_dir = ''\n")
+    file.write_text(
+        "import math\nbatch_size = 2 * 2\nresume = True\ndata_command = 'make data'\nout_dir = ''\nprompt = 'def '\n"
+    )
     cfg, _ = flags.parse([str(file)])
     assert (cfg.batch_size, cfg.resume, cfg.data_command, cfg.out_dir) == (4, "True", "make data", "out/mine")
     argv = ["--batch_size", "3", "--overwrite", str(file), "--resume", "False", "--compile=False", "--dataset=other"]
     cfg, args = flags.parse([*argv, "--out_dir="])
     assert (cfg.batch_size, cfg.overwrite, cfg.resume, cfg.compile) == (3, True, "", False)
-    assert cfg.data_command == "" and args == {} and cfg.out_dir == "out/mine"  # the command was for the file's data
+    assert cfg.data_command == cfg.prompt == "" and args == {} and cfg.out_dir == "out/mine"  # for the file's data
     assert flags.parse(["--resume", str(file)])[0].resume == "True"  # a switch takes no path for its value
     assert flags.parse(["--resume=anyway"])[0].resume == "anyway"
 
