@@ -36,7 +36,7 @@ import torch
 
 import cost
 import prepare
-from files import naming, parse_json
+from files import check_folders, naming, parse_json
 from flags import Parser, read_config_file, run
 from hybrids import hybrid_pattern
 from model import HymbaConfig
@@ -361,6 +361,9 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if not (args.list or args.figures or args.minutes):
         raise ValueError("nothing to do: give --list, --minutes=9 or --figures")
+    if args.minutes is not None and not 0 < args.minutes <= 1e5:
+        raise ValueError(f"--minutes={args.minutes:g}: must be more than 0, and 100,000 or less")
+    check_folders(args.results)
     results = args.results / "runs.jsonl"
     if args.figures and not args.minutes and not results.exists():
         raise FileNotFoundError(f"no results in {results}: --minutes=9 makes some")

@@ -123,8 +123,9 @@ def test_tables_and_pictures(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "| hymba | `HhhhhHhhhhhH` | 1.5150 | 0.0050 | 0.7575 | 0.001 | 0.500 | 1,000,000 | 10,000 |" in out
     assert "hours on one GPU" in out and all((tmp_path / f"{name}.png").stat().st_size for name in figures.PICTURES)
-    with pytest.raises(ValueError, match="nothing to do"):
-        study.main([f"--results={tmp_path}"])
+    for args, message in (([], "nothing to do"), (["--minutes=nan"], "more than 0"), (["--minutes=-1"], "more than 0")):
+        with pytest.raises(ValueError, match=message):
+            study.main([*args, f"--results={tmp_path}"])
     results.write_text('{"scale": 3}\n')
     with pytest.raises(ValueError, match="runs.jsonl, line 1"):
         study.main(["--list", f"--results={tmp_path}"])
