@@ -31,12 +31,14 @@ from runs import ROOT, prepare_bpe, run_train, wait_for
 
 import bench
 import checkpoint
+import cost
 import evaluate
 import files
 import flags
 import prepare
 import recall
 import sample
+import study
 import tokenizer
 import train
 from model import HymbaConfig
@@ -325,6 +327,11 @@ OTHERS = {
     ("bench.py", bench.main): [
         "x", "plot nowhere.json", "plot /dev/null", "scan --repeats=0", "scan --tokens=x", "scan --tokens=-1",
         "scan --repeats=x", "attention", "decode --batches=0", "scan --nothing",
+    ],
+    ("cost.py", cost.main): ["x", "--sizes=", "--sizes=3b", "--sizes=1b,", "--match=x", "--size=1b"],
+    ("study.py", study.main): [
+        "--list=x", "--minutes=x", "--minutes=0", "--minutes=-1", "--minutes=nan", "--minutes=1e9", "--figures", "x",
+        "--list --results=/dev/null", "--minutes=1 --results=/dev/null/x", "--minute=9",
     ],
     ("evaluate.py", evaluate.main): [
         "x", "loss --tokens=-1", "loss --tokens=x", "loss --length=99999999", "loss --length=-1", "loss --text=/none",

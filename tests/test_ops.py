@@ -85,12 +85,15 @@ def test_ssd_against_float64_loop(shape, chunk, seed):
         patch.setattr(ops, "SSD_CHUNK", chunk)
         fresh = {k: v for k, v in inputs.items() if k != "state"}  # of one token, A would have no gradient
         for given in [inputs, fresh][: shape[1]]:
-            forward, backward = compare_with_grads(ops.ssd, ssd_loop, given)
-            assert forward < 1e-5 and backward < 1e-4
+            # In float64: in float32, the gradient of one A may be a small difference of large numbers
+            forward, backward = compare_with_grads(ops.ssd, ssd_loop, given, torch.float64)
+            assert forward < 1e-6 and backward < 1e-6
 
 
 def test_ssd_in_pieces_extremes_and_bfloat16():
     inputs = ssd_inputs(2, 150, 6, 8, 4, seed=0)
+    forward, backward = compare_with_grads(ops.ssd, ssd_loop, inputs)
+    assert forward < 1e-5 and backward < 1e-4
     y, h = ops.ssd(**inputs)
     cut = lambda at: {k: v[:, at] if k in ("x", "dt", "B", "C") else v for k, v in inputs.items()}  # noqa: E731
     y1, h1 = ops.ssd(**cut(slice(0, 71)))
