@@ -8,6 +8,7 @@ not ask for the fixture `kernels_on`.
 import math
 import os
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -22,6 +23,8 @@ import prepare  # noqa: E402
 from model import Hymba, HymbaConfig  # noqa: E402
 
 torch.set_num_threads(1)  # the tensors here are too small to share
+hypothesis.settings.register_profile("same", derandomize=True)  # cases that are the same in each run
+hypothesis.settings.load_profile("same")
 
 TRITON = ops.kernels is not None
 if TRITON:
