@@ -1,6 +1,6 @@
 """
-What all runs of study.py share. It adds sizes, the system, the schedule and the rate, and says which these are: python
-study.py --list. Losses near 1.5 nats a token are to be expected after 97 million tokens.
+What all runs of study.py share. It adds sizes, the system, the schedule and the rate; python study.py --list names the
+runs. None has been made so far, so what to expect is not known.
 
 Data: python prepare.py python --site-packages --tokenizer=bpe:16384 --name=study
 """

@@ -15,10 +15,11 @@ import bench
 from conftest import TRITON, needs_gpu
 
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KB that a program can have
-# Bytes that a thread may spill, the most of Triton 3.6 to 3.9; with 3.6 on Hopper none does
+# Bytes that a thread may spill, the most of Triton 3.6 to 3.9; with 3.6 on Hopper, none of these does
 SPILLS = dict(scan_forward_kernel=96, scan_backward_kernel=160)
 SPILLS |= dict(attention_forward=16, attention_backward_q=32, attention_backward_kv=96)
-# Mamba-2's. Of the backward pass, most are addresses, kept from before the loop over heads
+# Mamba-2's, the most of Triton 3.6 and 3.8, on Hopper, too. Of the backward pass, most are addresses, kept from
+# before the loop over heads
 SPILLS |= dict(ssd_states_kernel=456, ssd_output_kernel=96, ssd_backward_states_kernel=136, ssd_backward_kernel=768)
 # Where attention's tiles come without the memory accelerator
 BY_POINTERS = SPILLS | dict(attention_forward=160, attention_backward_q=64, attention_backward_kv=120)

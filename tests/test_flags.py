@@ -111,6 +111,14 @@ def test_ctrl_c_in_the_first_seconds(name):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="there is no such shell")
+@pytest.mark.parametrize("name", ["train", "sample"])
+def test_scripts_start_without_the_compiler(name):
+    """Loading it takes 1.5 s, and only compiling needs it."""
+    code = f"import sys, {name}; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "False", done.stderr
+
+
 def test_closed_streams(tmp_path):
     for closed in ("<&-", ">&-", "<&- >&- 2>&-"):
         for name in ("sample.py", "train.py"):
