@@ -22,7 +22,7 @@ def test_ssd_kernel(case, dtype, device, poisoned, monkeypatch):
         T, heads, P, N = [(1, 1, 16, 16), (37, 3, 8, 5), (64, 2, 16, 16), (70, 3, 16, 20), (19, 5, 3, 4),
                           (33, 2, 64, 16)][case]  # fmt: skip
     else:
-        T, heads, P, N = [(1, 3, 64, 128), (37, 3, 8, 5), (256, 12, 64, 64), (700, 7, 64, 128), (129, 25, 48, 100),
+        T, heads, P, N = [(1, 24, 64, 128), (37, 3, 8, 5), (256, 12, 64, 64), (700, 7, 64, 128), (129, 25, 48, 100),
                           (128, 4, 128, 64)][case]  # fmt: skip
     inputs = ssd_inputs(1 + case % 2, T, heads, P, N, case)
     if case in (1, 2):
