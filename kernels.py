@@ -306,8 +306,8 @@ def scan_forward_kernel(
 
 @triton.jit
 def scan_backward_kernel(
-    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, chunk_ptr, dy_ptr, dhT_ptr, adds_ptr, total_ptr,
-    tile_ptr, dx_ptr, ddt_ptr, dz_ptr, dB_ptr, dC_ptr, dA_ptr, dD_ptr, dbias_ptr, dh0_ptr,
+    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, chunk_ptr, dy_ptr, dh_ptr, adds_ptr, total_ptr,
+    turn_ptr, tile_ptr, dx_ptr, ddt_ptr, dz_ptr, dB_ptr, dC_ptr, dA_ptr, dD_ptr, dbias_ptr,
     T, D, length, x_b, x_t, dt_b, dt_t, B_b, B_t, C_b, C_t, z_b, z_t, dy_b, dy_t,
     N: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, TT: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr,
     HAS_Z: tl.constexpr,
@@ -321,14 +321,23 @@ def scan_backward_kernel(
 
     Nothing of size (B, T, D, N) is stored. From the saved state before a CHUNK of tokens, h is taken forward once more,
     and its values before each tile wait in a few KB of tile_ptr, which stay in the L2 cache.
+
+    Grid (D / BD, parts x B, legs): T is cut into parts that run at once, each entered as in scan_segment_kernel, and
+    each part into legs, the last tokens first: a leg waits in turn_ptr until the one before it has left its dh in
+    dh_ptr. GPUs start programs in the order of their numbers, so what is waited for has started long ago. Legs cost
+    next to nothing, and keep the chip full where the number of whole parts is not a multiple of what runs at once.
     """
     d, t, n, in_d, state, in_state, A = _own(A_ptr, D, N, BN, BD, TT, K)
     skip = _per_channel(D_ptr, d, D)
     bias = _per_channel(bias_ptr, d, D)
-    segment = tl.program_id(1)
-    n_segment = tl.num_programs(1)
-    b = tl.program_id(2).to(tl.int64)
-    start = segment.to(tl.int64) * length
+    leg = tl.program_id(2)
+    n_leg = tl.num_programs(2)
+    n_segment = tl.cdiv(T, length)
+    row = tl.program_id(1).to(tl.int64)
+    n_batch = tl.num_programs(1) // tl.cdiv(n_segment, n_leg)
+    segment = row // n_batch * n_leg + n_leg - 1 - leg
+    b = row % n_batch
+    start = segment * length
     stop = tl.minimum(start + length, T)
     x_ptr += b * x_b
     dt_ptr += b * dt_b
@@ -339,16 +348,21 @@ def scan_backward_kernel(
     dx_ptr += b * T * D
     ddt_ptr += b * T * D
     dz_ptr += b * T * D
-    dB_ptr += (tl.program_id(0) * tl.num_programs(2) + b) * T * N
-    dC_ptr += (tl.program_id(0) * tl.num_programs(2) + b) * T * N
+    dB_ptr += (tl.program_id(0) * n_batch + b) * T * N
+    dC_ptr += (tl.program_id(0) * n_batch + b) * T * N
     chunk_ptr += b * tl.cdiv(T, CHUNK) * D * N
-    adds_ptr += b * n_segment * D * N
-    tile_ptr += ((b * n_segment + segment) * tl.num_programs(0) + tl.program_id(0)) * (CHUNK // TT * BN * BD)
+    tile_ptr += (row * tl.num_programs(0) + tl.program_id(0)) * (CHUNK // TT * BN * BD)
     tile_ptr += tl.arange(0, BN)[None, None, :] * BD + tl.max_contiguous(tl.arange(0, BD), K)[:, None, None]
-    dh = tl.load(dhT_ptr + b * D * N + d[:, None, None] * N + n[None, None, :], mask=in_state, other=0.0)
-    dh = _enter(
-        dh, A, adds_ptr, total_ptr + b * n_segment * D, n_segment - 1, segment, -1, state, d, D, in_state, N
-    )  # fmt: skip
+    turn_ptr += row * tl.num_programs(0) + tl.program_id(0)
+    while tl.atomic_add(turn_ptr, 0, sem="acquire") < leg:
+        pass
+    dh_ptr += row * D * N + d[:, None, None] * N + n[None, None, :]
+    dh = tl.load(dh_ptr, mask=in_state, other=0.0)
+    if leg == 0:  # adds_ptr has no rows for the first part's segments
+        n_add = n_segment - n_leg
+        adds_ptr += b * n_add * D * N
+        total_ptr += b * n_add * D
+        dh = _enter(dh, A, adds_ptr, total_ptr, n_add - 1, segment - n_leg, -1, state, d, D, in_state, N)
     dA = tl.zeros((BD, 1, BN), tl.float32)
     dD = tl.zeros((BD, TT), tl.float32)
     dbias = tl.zeros((BD, TT), tl.float32)
@@ -451,12 +465,13 @@ def scan_backward_kernel(
             tl.store(dx_ptr + tile, dx.to(dx_ptr.dtype.element_ty), mask=here)
             tl.store(ddt_ptr + tile, ddt.to(ddt_ptr.dtype.element_ty), mask=here)
             t0 = t1
-    row = b * n_segment + segment
+    tl.store(dh_ptr, dh, mask=in_state)
+    tl.debug_barrier()  # all threads have stored
+    tl.atomic_add(turn_ptr, 1, sem="release")
+    row += leg * tl.num_programs(1)
     tl.store(dA_ptr + row * D * N + d[:, None, None] * N + n[None, None, :], dA, mask=in_state)
     tl.store(dD_ptr + row * D + d, tl.sum(dD, 1), mask=in_d)
     tl.store(dbias_ptr + row * D + d, tl.sum(dbias, 1), mask=in_d)
-    if segment == 0:
-        tl.store(dh0_ptr + b * D * N + d[:, None, None] * N + n[None, None, :], dh, mask=in_state)
 
 
 def takes_state(A: Tensor) -> bool:
@@ -514,6 +529,26 @@ def _segments(n_program: int, t: int, room: int) -> tuple[int, int]:
     n_segment = min(range(1, most + 1), key=lambda n: (-(-n_program * n // slots) / n, -n))
     length = triton.cdiv(triton.cdiv(t, n_segment), CHUNK) * CHUNK
     return triton.cdiv(t, length), length
+
+
+LEG = 256  # tokens of a leg, at least
+PASS = 0.2  # time of the pass over segments for a token, in the backward pass's
+
+
+def _legs(n_program: int, t: int, room: int) -> tuple[int, int]:
+    """Into how many legs, of how many tokens, the backward pass cuts each part of T. Parts run at once, and cost a pass
+    over segments; legs run one after another, and cost no pass. The cut that takes the least time, as in _segments."""
+    slots = 132 * room
+    most = min(128, max(1, t // 128), -(-slots // n_program))  # parts: as many as fill the chip
+    cuts = [(p, leg) for p in {1, max(1, most - 1), most} for leg in range(1, max(1, min(16, t // p // LEG)) + 1)]
+
+    def time(cut):
+        p, leg = cut
+        waves = -(-n_program * p * leg // slots)
+        return max(waves / leg, 1) / p + PASS * (1 - 1 / p) * n_program / slots, p * leg
+
+    n_part, n_leg = min(cuts, key=time)
+    return n_leg, triton.cdiv(triton.cdiv(t, n_part * n_leg), CHUNK) * CHUNK
 
 
 def _strides(*tensors):
@@ -578,16 +613,18 @@ def _scan_backward(
     f32 = dict(dtype=torch.float32, device=x.device)
     x, dt, B, C, z, dy = map(_rows, (x, dt, B, C, z, dy))
     A = A.t().contiguous()
-    dlast = torch.zeros(b, d, n, **f32) if dlast is None else dlast.contiguous()
     skip, bias = (torch.zeros(d, **f32) if u is None else u for u in (D, dt_bias))
     gate, has_z = (x, False) if z is None else (z, True)
     tile = _tiles(n, 2, 8, 4)
     n_block = triton.cdiv(d, tile["BD"])
-    n_segment, length = _segments(b * n_block, t, 8)
-    adds, total = torch.empty(b, n_segment, n, d, **f32), torch.empty(b, n_segment, d, **f32)
-    if n_segment > 1:
-        scan_segment_kernel[(n_block, n_segment, b)](
-            dy, dt, A, C, gate, bias, adds, total, t, d, length, *_strides(dy, dt, C, gate),
+    n_leg, length = _legs(b * n_block, t, 8)
+    n_segment = triton.cdiv(t, length)
+    n_part, n_add, first = triton.cdiv(n_segment, n_leg), max(0, n_segment - n_leg), n_leg * length
+    adds, total = torch.empty(b, n_add, n, d, **f32), torch.empty(b, n_add, d, **f32)
+    if n_add:  # over all parts but the first, which hands its dh to nobody
+        late = [u[:, first:] for u in (dy, dt, C, gate)]
+        scan_segment_kernel[(n_block, n_add, b)](
+            late[0], late[1], A, late[2], late[3], bias, adds, total, t - first, d, length, *_strides(*late),
             HAS_Z=has_z, REVERSE=True, **tile,
         )  # fmt: skip
     dx, ddt = x.new_empty(b, t, d), dt.new_empty(b, t, d)
@@ -596,20 +633,22 @@ def _scan_backward(
     # would take 3% longer. (Not in float16, in which small gradients vanish.)
     sums = torch.bfloat16 if B.dtype == torch.bfloat16 else torch.float32
     dB, dC = torch.empty(2, n_block, b, t, n, dtype=sums, device=x.device)
-    states = torch.empty(n_block * n_segment * b, CHUNK // tile["TT"], tile["BN"], tile["BD"], **f32)
-    dA = torch.empty(b, n_segment, d, n, **f32)
-    dD, dbias = torch.empty(2, b, n_segment, d, **f32)
-    dstate = torch.empty(b, d, n, **f32)
-    scan_backward_kernel[(n_block, n_segment, b)](
-        x, dt, A, B, C, skip, gate, bias, chunks, dy, dlast, adds, total, states,
-        dx, ddt, dz, dB, dC, dA, dD, dbias, dstate, t, d, length, *_strides(x, dt, B, C, gate, dy),
+    states = torch.empty(n_block * n_part * b, CHUNK // tile["TT"], tile["BN"], tile["BD"], **f32)
+    dA = torch.empty(n_leg, n_part * b, d, n, **f32)
+    dD, dbias = torch.empty(2, n_leg, n_part * b, d, **f32)
+    # From leg to leg; at last, the first part's is the gradient of the state
+    dh = torch.zeros(n_part * b, d, n, **f32) if dlast is None else dlast.repeat(n_part, 1, 1)
+    turns = torch.zeros(n_part * b, n_block, dtype=torch.int32, device=x.device)
+    scan_backward_kernel[(n_block, n_part * b, n_leg)](
+        x, dt, A, B, C, skip, gate, bias, chunks, dy, dh, adds, total, turns, states,
+        dx, ddt, dz, dB, dC, dA, dD, dbias, t, d, length, *_strides(x, dt, B, C, gate, dy),
         CHUNK=CHUNK, HAS_Z=has_z, **tile,
     )  # fmt: skip
     grads = [dx, ddt, dA.sum((0, 1)), *(u.sum(0, dtype=torch.float32).to(B.dtype) for u in (dB, dC))]
     grads.append(x.new_empty(0) if D is None else dD.sum((0, 1)).to(D.dtype))
     grads.append(x.new_empty(0) if z is None else dz)
     grads.append(x.new_empty(0) if dt_bias is None else dbias.sum((0, 1)).to(dt_bias.dtype))
-    return grads + [dstate]
+    return grads + [dh[:b]]
 
 
 @_scan_backward.register_fake

@@ -55,6 +55,7 @@ def test_scan_kernel(case, dtype, device, poisoned, monkeypatch):
     monkeypatch.setattr(kernels, "CHUNK", 8 if device == "cpu" else 16)
     if case % 2:  # in segments, as few channels and many tokens are
         monkeypatch.setattr(kernels, "_segments", lambda n, t, room: (-(-t // 16), 16))
+        monkeypatch.setattr(kernels, "_legs", lambda n, t, room: (2, kernels.CHUNK))  # in parts of two legs
     B = int(rng.integers(1, 3))
     if case % 3 == 0:  # two channels to a thread, as where four leave too few programs
         monkeypatch.setattr(kernels, "FULL", B * -(-D // kernels._tiles(N, 2, 8, 8)["BD"]))
@@ -71,6 +72,18 @@ def test_scan_segments(room):
         assert (n_segment - 1) * length < T <= n_segment * length and length % kernels.CHUNK == 0
         alone, at_once = n_program >= 800 or T < 256, n_program * n_segment <= 132 * room
         assert n_segment == 1 if alone else length >= (128 if at_once else 512) and n_segment <= 128
+
+
+@needs_triton
+@pytest.mark.parametrize("n_program", [1, 100, 400, 799, 800, 1057, 1600, 5000])
+def test_scan_legs(n_program):
+    """Whole chunks, none short; as many parts as fill the chip, and legs where it holds less than all programs."""
+    for T in [1, 511, 1024, 2176, 8320, 2**20 + 1]:
+        n_leg, length = kernels._legs(n_program, T, 8)
+        assert length % kernels.CHUNK == 0 and length >= min(T, 128 if n_leg == 1 else kernels.LEG)
+        n_part = -(-T // (length * n_leg))
+        assert n_part <= 128 and n_program * (n_part - 1) < 1056 and 1 <= n_leg <= 16
+        assert n_leg == 1 or n_program * n_part > 1056
 
 
 @on_device
