@@ -745,22 +745,24 @@ def load_tile(x, b, h, row, N, ROWS: tl.constexpr, COLS: tl.constexpr, WHOLE: tl
     else:
         pointer, x_b, x_t, x_h, size = x
         rows, cols = tl.arange(0, ROWS)[:, None], tl.arange(0, COLS)[None, :]
-        pointer += tl.cast(b, tl.int64) * x_b + tl.cast(row, tl.int64) * x_t + h * x_h
-        here = cols < size
+        pointers = pointer + (tl.cast(b, tl.int64) * x_b + tl.cast(row, tl.int64) * x_t + h * x_h) + rows * x_t + cols
         if not WHOLE:
-            here = here & (row + rows < N)
-        tile = tl.load(pointer + rows * x_t + cols, mask=here, other=0.0)
+            tile = tl.load(pointers, mask=(cols < size) & (row + rows < N), other=0.0)
+        elif size < COLS:
+            tile = tl.load(pointers, mask=cols < size, other=0.0)
+        else:
+            tile = tl.load(pointers)
     return tile
 
 
 @triton.jit
-def load_rows(x, b, h, row, T, H, ROWS: tl.constexpr):
-    """Numbers row ... row + ROWS of head h of batch b, of lse or delta."""
+def load_rows(x, b, h, row, T, H, ROWS: tl.constexpr, WHOLE: tl.constexpr):
+    """Numbers row ... row + ROWS of head h of batch b, of lse or delta. WHOLE: none lies past the end."""
     if isinstance(x, tl.tensor_descriptor):
         numbers = x.load([b, h, row]).reshape(ROWS)
     else:
         i = row + tl.arange(0, ROWS)
-        numbers = tl.load(x + row_offset(b, h, T, H) + i, mask=i < T, other=0.0)
+        numbers = tl.load(x + row_offset(b, h, T, H) + i, mask=None if WHOLE else i < T, other=None if WHOLE else 0.0)
     return numbers
 
 
@@ -939,7 +941,7 @@ def backward_kv_tile(dk, dv, key, value, q, do, lse, delta, b, h, q0, T, H, k0, 
                      BE: tl.constexpr, BF: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
                      EDGE: tl.constexpr):  # fmt: skip
     """dv += p^T do and dk += ds^T q for one query tile."""
-    row_lse = load_rows(lse, b, h, q0, T, H, BQ)
+    row_lse = load_rows(lse, b, h, q0, T, H, BQ, not EDGE)
     query = load_tile(q, b, h, q0, T, BQ, BE, not EDGE)
     grad = load_tile(do, b, h, q0, T, BQ, BF, not EDGE)
     score = tl.dot(key, query.T, input_precision="ieee")  # (BK, BQ)
@@ -948,7 +950,7 @@ def backward_kv_tile(dk, dv, key, value, q, do, lse, delta, b, h, q0, T, H, k0, 
         position = q0 + offset + tl.arange(0, BQ)
         p = tl.where(visible(position[None, :], k0 + tl.arange(0, BK)[:, None], window, n_meta), p, 0.0)
     dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision="ieee")
-    row_delta = load_rows(delta, b, h, q0, T, H, BQ)
+    row_delta = load_rows(delta, b, h, q0, T, H, BQ, not EDGE)
     dp = tl.dot(value, grad.T, input_precision="ieee")  # (BK, BQ)
     ds = p * (dp - row_delta[None, :])
     dk = tl.dot(ds.to(query.dtype), query, dk, input_precision="ieee")
@@ -988,16 +990,18 @@ def attention_backward_kv(q, k, v, do, lse, delta, dk, dv, partial, T, S, H, R, 
         qd = tl.maximum(tl.minimum(qd, part * chunk + chunk), qa)
         qb = tl.minimum(tl.maximum(qb, qa), qd)
         qc = tl.minimum(tl.maximum(qc, qb), qd)
-    n = qc - qb
-    for i in tl.range(n * R):
-        q0 = (qb + i % n) * BQ
-        acc_k, acc_v = backward_kv_tile(acc_k, acc_v, key, value, q, do, lse, delta, b, g * R + i // n, q0, T, H, k0,
+    h, i = g * R, qb
+    for _ in tl.range((qc - qb) * R):
+        acc_k, acc_v = backward_kv_tile(acc_k, acc_v, key, value, q, do, lse, delta, b, h, i * BQ, T, H, k0,
                                         S - T, window, n_meta, scale, BE, BF, BQ, BK, False)  # fmt: skip
+        h, i = tl.where(i + 1 < qc, h, h + 1), tl.where(i + 1 < qc, i + 1, qb)
     n = qb - qa + qd - qc
-    for i in tl.range(n * R):
-        q0 = tl.where(qa + i % n < qb, qa + i % n, qa + i % n - qb + qc) * BQ
-        acc_k, acc_v = backward_kv_tile(acc_k, acc_v, key, value, q, do, lse, delta, b, g * R + i // n, q0, T, H, k0,
+    h, i = g * R, 0
+    for _ in tl.range(n * R):
+        q0 = tl.where(qa + i < qb, qa + i, qa + i - qb + qc) * BQ
+        acc_k, acc_v = backward_kv_tile(acc_k, acc_v, key, value, q, do, lse, delta, b, h, q0, T, H, k0,
                                         S - T, window, n_meta, scale, BE, BF, BQ, BK, True)  # fmt: skip
+        h, i = tl.where(i + 1 < n, h, h + 1), tl.where(i + 1 < n, i + 1, 0)
 
     acc_k *= scale * LN2
     if is_long:
@@ -1026,11 +1030,12 @@ FLOAT32 = 32, 32, 8, 2  # float32 has no tensor core: plain multiply-adds with o
 def attention_tile(kernel, q: Tensor, v: Tensor) -> dict:
     """The constants of one of the three kernels: head sizes, their paddings to powers of two, and the tile."""
     E, F = q.shape[-1], v.shape[-1]
+    BE, BF = triton.next_power_of_2(E), triton.next_power_of_2(F)
     tile = FLOAT32 if q.dtype == torch.float32 else (HOPPER if loads_by_tma() else AMPERE)[kernel]
     tile = dict(zip(("BQ", "BK", "num_warps", "num_stages"), tile, strict=True))
-    if E + F > 192:
+    if BE + BF > 192:
         tile["num_stages"] = 2  # more do not fit
-    return dict(E=E, F=F, BE=triton.next_power_of_2(E), BF=triton.next_power_of_2(F)) | tile
+    return dict(E=E, F=F, BE=BE, BF=BF) | tile
 
 
 def loadable(x: Tensor) -> Tensor:
@@ -1042,12 +1047,12 @@ def loadable(x: Tensor) -> Tensor:
 
 def tiles(x: Tensor, rows: int, cols: int):
     """x (B, T, H, E) for load_tile, to be loaded in tiles of one head: for the tensor memory accelerator a descriptor
-    of (B, H, T, E), else a pointer, the steps of B, T and H, and E."""
+    of (B, H, T, E), else a pointer, the steps of B, T and H, and E, as a constant: most loads then need no mask."""
     x = loadable(x)
     # Along a dimension of one, PyTorch's stride means nothing and may be misaligned.
     b, t, h = (s if n > 1 else 16 for n, s in zip(x.shape[:3], x.stride()[:3], strict=True))
     if not loads_by_tma():
-        return x, b, t, h, x.shape[3]
+        return x, b, t, h, tl.constexpr(x.shape[3])
     return TensorDescriptor(x, [x.shape[i] for i in (0, 2, 1, 3)], [b, h, t, 1], [1, 1, rows, cols])
 
 
