@@ -292,10 +292,9 @@ def _states(x, B, step, s, first, n_chunk, tile, reverse=False) -> tuple[Tensor,
     states = torch.empty(b, n_chunk, heads, p, n, dtype=dtype, device=x.device)
     last = torch.empty(b, heads, p, n, dtype=torch.float32, device=x.device)
     tile = tile | dict(BP=min(32, tile["BP"]))
-    # In order, chunk by chunk: what hides the latency is other programs, and with 128 registers, four fit at once.
     ssd_states_kernel[(triton.cdiv(p, tile["BP"]), heads, b)](
         x, B, step, s, first, states, last, t, heads, n_chunk, *x.stride()[:3], *B.stride()[:2],
-        REVERSE=reverse, **_launch(tile, 4, 2), maxnreg=128,
+        REVERSE=reverse, **_launch(tile, 4, 3),
     )  # fmt: skip
     return states, last
 
@@ -318,7 +317,7 @@ def _ssd_forward(
     y, (n_group, group) = x.new_empty(b, t, heads, p), _groups(heads)
     ssd_output_kernel[(n_group, n_chunk, b)](
         x, B, C, D, step, s, states, y, t, heads, group, n_chunk, *x.stride()[:3], *B.stride()[:2], *C.stride()[:2],
-        **_launch(tile, 8 if tile["Q"] == 128 else 4, 2),
+        **_launch(tile, 8 if tile["Q"] == 128 else 4, 3),
     )  # fmt: skip
     return y, last
 

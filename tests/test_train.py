@@ -430,7 +430,8 @@ def test_step_graphs_are_the_model(pieces):
     """Losses and gradients of CUDA graphs of compiled blocks are the ones of the model itself, step after step, and an
     evaluation in between, with fewer sequences, changes nothing and compiles nothing."""
     ops.use_kernels(True)
-    model, plain = (small("HhhhH", n_embd=64, n_head=2, n_kv_head=1, window=16).cuda() for _ in range(2))
+    model, plain, exact = (small("HhhhH", n_embd=64, n_head=2, n_kv_head=1, window=16).cuda() for _ in range(3))
+    exact = exact.double()
     train.compile_blocks(model)
     graphs, rng = train.StepGraphs(model, 4, 24, pieces), np.random.default_rng(0)
     for _ in range(2):
@@ -441,10 +442,13 @@ def test_step_graphs_are_the_model(pieces):
         with torch.compiler.set_stance("fail_on_recompile"):
             part = graphs.loss(batch[0, :3])
         assert abs(part - train.mean_loss(plain, *train.to_device(batch[0, :3], part.device))) < 1e-2
-        expected = [train.mean_loss(plain, *train.to_device(piece, part.device)) / pieces for piece in batch]
-        grads = torch.autograd.grad(sum(expected), list(plain.parameters()))
+        data = [train.to_device(piece, part.device) for piece in batch]
+        expected = [train.mean_loss(plain, *piece) / pieces for piece in data]
         assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) < 1e-2
-        assert error(torch.cat([g.flatten() for g in mine]), torch.cat([g.flatten() for g in grads])) < 0.02  # bfloat16
+        grads = torch.autograd.grad(sum(expected), list(plain.parameters()))
+        truth = torch.autograd.grad(sum(exact(*piece) / pieces for piece in data), list(exact.parameters()))
+        mine, grads, truth = (torch.cat([g.flatten() for g in gs]) for gs in (mine, grads, truth))
+        assert error(mine, truth) < 1.2 * error(grads, truth)  # bfloat16 rounds them as much without graphs
 
 
 @pytest.mark.gpu
