@@ -86,7 +86,9 @@ def poisoned(monkeypatch):
         monkeypatch.setattr(where, name, lambda *a, f=f, nan=nan, **k: nan(f(*a, **k)))
     if not GPU:
         tile = 16, 16, 4, 2
-        tiles = {name: dict.fromkeys(getattr(kernels, name), tile) for name in ("FLOAT32", "HOPPER", "AMPERE")}
+        tiles = dict(
+            FLOAT32=tile, HOPPER=dict.fromkeys(kernels.HOPPER, tile), AMPERE=dict.fromkeys(kernels.AMPERE, tile)
+        )
         for name, value in (tiles | dict(CHUNK_QUERIES=16, RUN=16, STRIP=32, ROW_BLOCK=16)).items():
             monkeypatch.setattr(kernels, name, value)
         monkeypatch.setattr(engine_kernels, "DECODE_KEYS", 16)

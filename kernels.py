@@ -978,8 +978,8 @@ def attention_backward_q(q, k, v, o, do, lse, delta, dq, T, S, H, R, window, n_m
 @triton.jit
 def backward_kv_tile(dk, dv, key, value, q, do, lse, delta, b, h, q0, T, H, k0, offset, window, n_meta, scale,
                      BE: tl.constexpr, BF: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
-                     DK: tl.constexpr, DV: tl.constexpr, EDGE: tl.constexpr):  # fmt: skip
-    """dv += p^T do (DV) and dk += ds^T q (DK) for one query tile."""
+                     EDGE: tl.constexpr):  # fmt: skip
+    """dv += p^T do and dk += ds^T q for one query tile."""
     row_lse = load_rows(lse, b, h, q0, T, H, BQ, not EDGE)
     query = load_tile(q, b, h, q0, T, BQ, BE, not EDGE)
     grad = load_tile(do, b, h, q0, T, BQ, BF, not EDGE)
@@ -988,21 +988,18 @@ def backward_kv_tile(dk, dv, key, value, q, do, lse, delta, b, h, q0, T, H, k0, 
     if EDGE:
         position = q0 + offset + tl.arange(0, BQ)
         p = tl.where(visible(position[None, :], k0 + tl.arange(0, BK)[:, None], window, n_meta), p, 0.0)
-    if DV:
-        dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision="ieee")
-    if DK:
-        row_delta = load_rows(delta, b, h, q0, T, H, BQ, not EDGE)
-        dp = tl.dot(value, grad.T, input_precision="ieee")  # (BK, BQ)
-        ds = p * (dp - row_delta[None, :])
-        dk = tl.dot(ds.to(query.dtype), query, dk, input_precision="ieee")
+    dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision="ieee")
+    row_delta = load_rows(delta, b, h, q0, T, H, BQ, not EDGE)
+    dp = tl.dot(value, grad.T, input_precision="ieee")  # (BK, BQ)
+    ds = p * (dp - row_delta[None, :])
+    dk = tl.dot(ds.to(query.dtype), query, dk, input_precision="ieee")
     return dk, dv
 
 
 @triton.jit(do_not_specialize=SIZES)
 def attention_backward_kv(q, k, v, do, lse, delta, dk, dv, partial, T, S, H, R, window, n_meta, scale,
                           chunk, n_chunk, n_long, E: tl.constexpr, F: tl.constexpr, BE: tl.constexpr,
-                          BF: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
-                          DK: tl.constexpr, DV: tl.constexpr):  # fmt: skip
+                          BF: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """dv_j = sum_i p_ij do_i,  dk_j = sum_i ds_ij q_i / sqrt(E), over the group's R query heads and their rows i.
 
     One program a key tile and key/value head; it loops over heads and query tiles, so nothing is added atomically and
@@ -1012,9 +1009,6 @@ def attention_backward_kv(q, k, v, do, lse, delta, dk, dv, partial, T, S, H, R, 
     Meta keys are seen by all queries, and would keep one program busy long after the others are done. The first n_long
     key tiles are therefore split into n_chunk parts, each over `chunk` query tiles, which leave float32 sums in
     partial (n_chunk, B, n_long * BK, G, E + F) for the launcher to add up.
-
-    With DK or DV alone the scores are computed twice, but either sum leaves room for twice the keys in registers, and
-    a warp of mma loads queries and gradients from shared memory for each 16 keys that it has, or here for 32.
     """
     G = H // R
     g = tl.program_id(0) % G
@@ -1038,48 +1032,49 @@ def attention_backward_kv(q, k, v, do, lse, delta, dk, dv, partial, T, S, H, R, 
     h, i = g * R, qb
     for _ in tl.range((qc - qb) * R):
         acc_k, acc_v = backward_kv_tile(acc_k, acc_v, key, value, q, do, lse, delta, b, h, i * BQ, T, H, k0,
-                                        S - T, window, n_meta, scale, BE, BF, BQ, BK, DK, DV, False)  # fmt: skip
+                                        S - T, window, n_meta, scale, BE, BF, BQ, BK, False)  # fmt: skip
         h, i = tl.where(i + 1 < qc, h, h + 1), tl.where(i + 1 < qc, i + 1, qb)
     n = qb - qa + qd - qc
     h, i = g * R, 0
     for _ in tl.range(n * R):
         q0 = tl.where(qa + i < qb, qa + i, qa + i - qb + qc) * BQ
         acc_k, acc_v = backward_kv_tile(acc_k, acc_v, key, value, q, do, lse, delta, b, h, q0, T, H, k0,
-                                        S - T, window, n_meta, scale, BE, BF, BQ, BK, DK, DV, True)  # fmt: skip
+                                        S - T, window, n_meta, scale, BE, BF, BQ, BK, True)  # fmt: skip
         h, i = tl.where(i + 1 < n, h, h + 1), tl.where(i + 1 < n, i + 1, 0)
 
     acc_k *= scale * LN2
     if is_long:
         into = part * tl.num_programs(1) + b
-        if DK:
-            store_tile(partial, acc_k, into, g, k0, n_long * BK, G, E + F, E, BK, BE)
-        if DV:
-            store_tile(partial + E, acc_v, into, g, k0, n_long * BK, G, E + F, F, BK, BF)
+        store_tile(partial, acc_k, into, g, k0, n_long * BK, G, E + F, E, BK, BE)
+        store_tile(partial + E, acc_v, into, g, k0, n_long * BK, G, E + F, F, BK, BF)
     else:
-        if DK:
-            store_tile(dk, acc_k, b, g, k0, S, G, E, E, BK, BE)
-        if DV:
-            store_tile(dv, acc_v, b, g, k0, S, G, F, F, BK, BF)
+        store_tile(dk, acc_k, b, g, k0, S, G, E, E, BK, BE)
+        store_tile(dv, acc_v, b, g, k0, S, G, F, F, BK, BF)
 
 
-# By what a launch computes, one program's queries and keys, its warps, and how many tiles are on their way (stages)
-HOPPER = {"o": (64, 64, 4, 2), "dq": (64, 64, 4, 2), "dk, dv": (64, 64, 4, 3)}
-AMPERE = {"o": (128, 64, 8, 3), "dq": (128, 32, 4, 3), "dk": (32, 128, 4, 3), "dv": (32, 128, 4, 3)}
-FLOAT32 = dict.fromkeys(HOPPER, (32, 32, 8, 2))  # no tensor core: plain multiply-adds with operands in registers
+# One program's queries and keys, its warps, and how many tiles are on their way (stages)
+HOPPER = {
+    attention_forward: (64, 64, 4, 2),
+    attention_backward_q: (64, 64, 4, 2),
+    attention_backward_kv: (64, 64, 4, 3),
+}
+AMPERE = {
+    attention_forward: (128, 32, 4, 3),
+    attention_backward_q: (128, 32, 4, 3),
+    attention_backward_kv: (32, 64, 4, 3),
+}
+FLOAT32 = 32, 32, 8, 2  # float32 has no tensor core: plain multiply-adds with operands in registers
 
 
-def attention_tile(what: str, q: Tensor, v: Tensor) -> dict:
-    """The constants of one launch: head sizes, their paddings to powers of two, and the tile."""
+def attention_tile(kernel, q: Tensor, v: Tensor) -> dict:
+    """The constants of one of the three kernels: head sizes, their paddings to powers of two, and the tile."""
     E, F = q.shape[-1], v.shape[-1]
     BE, BF = triton.next_power_of_2(E), triton.next_power_of_2(F)
-    tile = dict(zip(("BQ", "BK", "num_warps", "num_stages"), attention_tiles(q)[what], strict=True))
+    tile = FLOAT32 if q.dtype == torch.float32 else (HOPPER if loads_by_tma() else AMPERE)[kernel]
+    tile = dict(zip(("BQ", "BK", "num_warps", "num_stages"), tile, strict=True))
     if BE + BF > 192:
         tile["num_stages"] = 2  # more do not fit
     return dict(E=E, F=F, BE=BE, BF=BF) | tile
-
-
-def attention_tiles(q: Tensor) -> dict[str, tuple]:
-    return FLOAT32 if q.dtype == torch.float32 else HOPPER if loads_by_tma() else AMPERE
 
 
 def loadable(x: Tensor) -> Tensor:
@@ -1105,7 +1100,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, window: int, n_meta: int) -> tupl
     """Returns o (B, T, H, F) and lse (B, H, T up to a multiple of 4), float32 and in units of log2."""
     (B, T, H, E), (S, G) = q.shape, k.shape[1:3]
     o, lse = q.new_empty(B, T, H, v.shape[-1]), q.new_empty(B, H, -(-T // 4) * 4, dtype=torch.float32)
-    c = attention_tile("o", q, v)
+    c = attention_tile(attention_forward, q, v)
     BQ, BK, BE, BF = c["BQ"], c["BK"], c["BE"], c["BF"]
     attention_forward[(H * triton.cdiv(T, BQ), B)](
         tiles(q, BQ, BE), tiles(k, BK, BE), tiles(v, BK, BF), o, lse,
@@ -1128,32 +1123,29 @@ def attention_backward(
     (B, T, H, E), (_, S, G, F) = q.shape, v.shape
     dq, dk, dv, delta = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), torch.empty_like(lse)
     scale = math.log2(math.e) / math.sqrt(E)
-    c = attention_tile("dq", q, v)
+    c = attention_tile(attention_backward_q, q, v)
     BQ, BK, BE, BF = c["BQ"], c["BK"], c["BE"], c["BF"]
     attention_backward_q[(H * triton.cdiv(T, BQ), B)](
         tiles(q, BQ, BE), tiles(k, BK, BE), tiles(v, BK, BF), tiles(o, BQ, BF), tiles(do, BQ, BF), lse, delta, dq,
         T, S, H, H // G, window, n_meta, scale, **c,
     )  # fmt: skip
 
-    for what in [w for w in attention_tiles(q) if w not in ("o", "dq")]:  # dk and dv at once, or one by one
-        c = attention_tile(what, q, v) | dict(DK="dk" in what, DV="dv" in what)
-        BQ, BK, BE, BF = c["BQ"], c["BK"], c["BE"], c["BF"]
-        chunk = triton.cdiv(CHUNK_QUERIES, BQ)
-        n_chunk = triton.cdiv(triton.cdiv(T, BQ), chunk)
-        n_long = triton.cdiv(min(n_meta, S), BK) if n_chunk > 1 and window < S else 0
-        partial = lse.new_empty(n_chunk, B, n_long * BK, G, E + F)
-        rows = lse, delta
-        if loads_by_tma():
-            rows = (TensorDescriptor(x, [B, H, T], x.stride(), [1, 1, BQ]) for x in rows)
-        attention_backward_kv[(G * (n_long * n_chunk + triton.cdiv(S, BK) - n_long), B)](
-            tiles(q, BQ, BE), tiles(k, BK, BE), tiles(v, BK, BF), tiles(do, BQ, BF), *rows, dk, dv, partial,
-            T, S, H, H // G, window, n_meta, scale, chunk, n_chunk, n_long, **c,
-        )  # fmt: skip
+    c = attention_tile(attention_backward_kv, q, v)
+    BQ, BK, BE, BF = c["BQ"], c["BK"], c["BE"], c["BF"]
+    chunk = triton.cdiv(CHUNK_QUERIES, BQ)
+    n_chunk = triton.cdiv(triton.cdiv(T, BQ), chunk)
+    n_long = triton.cdiv(min(n_meta, S), BK) if n_chunk > 1 and window < S else 0
+    partial = lse.new_empty(n_chunk, B, n_long * BK, G, E + F)
+    if loads_by_tma():
+        lse, delta = (TensorDescriptor(x, [B, H, T], x.stride(), [1, 1, BQ]) for x in (lse, delta))
+    attention_backward_kv[(G * (n_long * n_chunk + triton.cdiv(S, BK) - n_long), B)](
+        tiles(q, BQ, BE), tiles(k, BK, BE), tiles(v, BK, BF), tiles(do, BQ, BF), lse, delta, dk, dv, partial,
+        T, S, H, H // G, window, n_meta, scale, chunk, n_chunk, n_long, **c,
+    )  # fmt: skip
+    if n_long:
         n = min(n_long * BK, S)
-        if n and c["DK"]:
-            dk[:, :n] = partial[:, :, :n, :, :E].sum(0)
-        if n and c["DV"]:
-            dv[:, :n] = partial[:, :, :n, :, E:].sum(0)
+        total = partial.sum(0)
+        dk[:, :n], dv[:, :n] = total[:, :n, :, :E], total[:, :n, :, E:]
     return dq, dk, dv
 
 
