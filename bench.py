@@ -341,14 +341,19 @@ def train_worker(config: str, peer: bool, B: int, T: int, steps: int = 12) -> di
     train.compile_blocks(model)
     for attempt in range(40):  # others compile on this GPU at the same time, and may hold its memory for a moment
         try:
-            graphs = train.StepGraphs(model, B, T, 1)
+            train.StepGraphs(model, B, T, 1)
             break
         except RuntimeError as e:  # not always an OutOfMemoryError: cuBLAS and Triton have their own
             if attempt == 39 or not re.search("out of memory|ALLOC_FAILED", str(e)):
                 raise
-        optimizer.zero_grad(set_to_none=True), torch.cuda.empty_cache(), time.sleep(3)
+        finally:  # leaves the memory to the others until it is this one's turn
+            optimizer.zero_grad(set_to_none=True), torch.cuda.empty_cache()
+        time.sleep(3)
     torch.cuda.synchronize()
     compile_s = time.perf_counter() - start
+    print("ready", flush=True)
+    sys.stdin.readline()
+    graphs = train.StepGraphs(model, B, T, 1)
 
     def step():
         loss = graphs.loss(windows, backward=True)
@@ -356,9 +361,6 @@ def train_worker(config: str, peer: bool, B: int, T: int, steps: int = 12) -> di
         optimizer.step()
         return loss
 
-    torch.cuda.empty_cache()
-    print("ready", flush=True)
-    sys.stdin.readline()
     for _ in range(3):
         step()
     events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]

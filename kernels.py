@@ -1061,7 +1061,7 @@ HOPPER = {
 AMPERE = {
     attention_forward: (128, 32, 4, 3),
     attention_backward_q: (128, 32, 4, 3),
-    attention_backward_kv: (32, 64, 4, 3),
+    attention_backward_kv: (64, 64, 4, 2),
 }
 FLOAT32 = 32, 32, 8, 2  # float32 has no tensor core: plain multiply-adds with operands in registers
 
