@@ -23,7 +23,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -163,7 +163,7 @@ def compile_blocks(model: Hymba) -> None:
 
 def compile_kernels(config: HymbaConfig, n: int, T: int, device: torch.device) -> list[Future]:
     """Have threads compile the kernels of a forward and backward pass of n sequences of T tokens, while the model is
-    made: each kind of heads runs once, with anything for weights."""
+    made and torch.compile is at its blocks: each kind of heads runs once, with anything for weights."""
 
     def once(kind: type, layer: int, rest: tuple) -> None:
         with torch.device("meta"):  # draws nothing from the generator that the model's weights come from
@@ -189,10 +189,11 @@ class StepGraphs:
     """Forward and backward pass of n sequences of T tokens as two CUDA graphs. A step launches these two instead of
     some thousand kernels, so the GPU never waits for the host. The first alone serves evaluation.
 
-    The gradients are the mean over `pieces` calls of loss. They stay at the same addresses.
+    The gradients are the mean over `pieces` calls of loss. They stay at the same addresses. While a job of `busy` runs,
+    it may use the GPU, which capturing does not allow.
     """
 
-    def __init__(self, model: Hymba, n: int, T: int, pieces: int):
+    def __init__(self, model: Hymba, n: int, T: int, pieces: int, busy: Sequence[Future] = ()):
         device = model.embed.weight.device
         self.parameters, self.pieces = list(model.parameters()), pieces
         self.idx, self.targets = torch.zeros(2, n, T, dtype=torch.long, device=device)
@@ -201,6 +202,8 @@ class StepGraphs:
         with torch.cuda.stream(stream):
             for _ in range(2):  # compiles everything, and leaves no first time to the graph
                 mean_loss(model, self.idx, self.targets).backward()
+                for job in busy:
+                    job.result()
         torch.cuda.current_stream().wait_stream(stream)
         for p in self.parameters:
             p.grad = torch.zeros_like(p) if pieces > 1 else None
@@ -257,6 +260,7 @@ class Run:
     device: torch.device
     rank: int
     world: int
+    early: Sequence[Future] = ()  # kernels that are being compiled
     step: int = 0  # steps done
     best: float = math.inf  # validation loss
 
@@ -283,7 +287,7 @@ class Run:
             shape = len(pieces[0]), pieces[0].shape[1] - 1
             if self.graphs is None or self.graphs.idx.shape != shape:
                 self.graphs = None  # frees its memory
-                self.graphs = StepGraphs(self.model, *shape, len(pieces))
+                self.graphs = StepGraphs(self.model, *shape, len(pieces), self.early)
             self.graphs.zero_gradients()
             for piece in pieces:
                 loss += self.graphs.loss(piece, backward=True)
@@ -409,9 +413,7 @@ def start(
     T, micro = stages[0][1], cfg.batch_size
     early = compile_kernels(config, micro, T, device) if cfg.compile and device.type == "cuda" and world == 1 else []
     model = Hymba(config).to(device)
-    for job in early:
-        job.result()
-    run = Run(cfg, data, model, optimizer_for(model, cfg), stages, device, rank, world)
+    run = Run(cfg, data, model, optimizer_for(model, cfg), stages, device, rank, world, early)
     threads = resume(run) if cfg.resume else 0
     if device.type == "cpu" and world == 1:
         torch.set_num_threads(cfg.threads or threads or faster_threads(run))

@@ -48,6 +48,6 @@ def test_kernels_as_older_gpus_run_them():
     if torch.cuda.get_device_capability()[0] != 9 or "TRITON_OVERRIDE_ARCH" in os.environ:
         pytest.skip("needs a Hopper GPU, with its own path chosen before")
     files = [str(ROOT / f"tests/test_{name}.py") for name in ("kernels", "engine_kernels", "ssd_kernels")]
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *files]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "4", "-m", "gpu", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | bench.as_ampere())
     assert done.returncode == 0, done.stdout[-3000:]
