@@ -6,8 +6,9 @@ many parameters.
     python study.py --minutes=9        # run what is missing, the most important first, for so long
     python study.py --figures          # tables and pictures of what is done
 
-Each run is a train.py of its own, one at a time on each GPU. It adds a line to results/runs.jsonl: what was trained,
-with which flags, code, data and device, and what came out. A run that was cut off goes on from its checkpoint in
+Each run is a train.py of its own, on each GPU one at a time or, where speed is not asked for, two: one starts while the
+other trains. It adds a line to results/runs.jsonl: what was trained, with which flags, code, data and device, and what
+came out. A run that was cut off goes on from its checkpoint in
 out/study/, or starts anew where that is gone. Learning rates are chosen first, for each system by itself.
 
 Data: python prepare.py python --site-packages --tokenizer=bpe:16384 --name=study
@@ -145,6 +146,11 @@ class Plan:
     @property
     def key(self) -> tuple:
         return self.scale, self.system, self.stage, self.learning_rate, self.seed
+
+    @property
+    def shares(self) -> bool:
+        """Whether another run may use the GPU at the same time: the speed of this one is not asked for."""
+        return self.stage in ("rate", "recall") or self.seed > 1
 
     @property
     def name(self) -> str:
@@ -293,42 +299,58 @@ def measure(plan: Plan, env: dict, texts: list[str]) -> dict:
 
 
 class Driver:
-    """Runs what is missing, one run at a time on each GPU, until the deadline, and appends what came out to results."""
+    """Runs what is missing until the deadline, and appends what came out to results."""
 
     def __init__(self, results: Path, deadline: float, commit: str, texts: list[str]):
         self.results, self.deadline, self.texts = results, deadline, texts
-        self.busy, self.lock = set(), threading.Lock()  # keys of the plans that are being run
+        self.running: dict[Plan, int | None] = {}  # on which GPU
+        self.turn = threading.Condition()  # holds what is running and the file of results
         self.origin = {"commit": commit, "torch": torch.__version__}
         for flags in (scale.flags for scale in SCALES.values()):
             meta = prepare.open_split(ROOT / "data" / flags["dataset"], "train", flags["data_command"])[1]
             self.origin[f"{flags['dataset']}_data"] = meta["train"]["sha256"][:12]
 
-    def next(self) -> Plan | None:
-        """The first plan that is not done, is not being run, has a rate, and will end in time."""
-        with self.lock:
-            done, left = read(self.results), self.deadline - time.monotonic()
-            for plan in plans(done):
-                new = plan.learning_rate and plan.key not in done and plan.key not in self.busy
-                if new and seconds(plan, done) < left:
-                    self.busy.add(plan.key)
-                    return plan
-        return None
+    def next(self, gpu: int | None) -> Plan | None:
+        """The first plan that is not done, is not being run, has a rate, and will end in time, once the GPU has room
+        for it: for one run that is timed, or for two that are not."""
+        with self.turn:
+            while True:
+                done, left = read(self.results), self.deadline - time.monotonic()
+                beside = [plan for plan, where in self.running.items() if where == gpu]
+                new = (p for p in plans(done) if p.learning_rate and p.key not in done and p not in self.running)
+                plan = next((p for p in new if seconds(p, done) * (1 + len(beside)) < left), None)
+                if plan is None or not beside or all(p.shares for p in [plan, *beside]):
+                    break
+                self.turn.wait()
+            if plan:
+                self.running[plan] = gpu
+            return plan
+
+    def end(self, plan: Plan, row: dict | None) -> None:
+        with self.turn:
+            del self.running[plan]
+            self.turn.notify_all()
+            if row:
+                with naming(self.results), self.results.open("a") as f:
+                    f.write(json.dumps(row) + "\n")
 
     def work(self, gpu: int | None) -> None:
         env = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)})
         device = "cpu" if gpu is None else torch.cuda.get_device_name(gpu)
-        while plan := self.next():
-            print(f"{time.strftime('%H:%M:%S')} {plan.name} on {device}", flush=True)
-            outcome = train(plan, env, self.deadline)
-            if outcome is None:
-                return
-            if outcome["val_loss"] is not None:
-                outcome |= measure(plan, env, self.texts)
-            row = {"scale": plan.scale, "system": plan.system, "stage": plan.stage, "tokens": plan.tokens}
-            row |= {"learning_rate": plan.learning_rate, "seed": plan.seed, "flags": plan.flags()}
-            with self.lock, naming(self.results), self.results.open("a") as f:
-                f.write(json.dumps(row | outcome | self.origin | {"device": device}) + "\n")
-            print(f"{time.strftime('%H:%M:%S')} {plan.name}: loss {outcome['val_loss']}", flush=True)
+        while plan := self.next(gpu):
+            row = None
+            try:
+                print(f"{time.strftime('%H:%M:%S')} {plan.name} on {device}", flush=True)
+                if (outcome := train(plan, env, self.deadline)) is None:
+                    return
+                if outcome["val_loss"] is not None:
+                    outcome |= measure(plan, env, self.texts)
+                row = {"scale": plan.scale, "system": plan.system, "stage": plan.stage, "tokens": plan.tokens}
+                row |= {"learning_rate": plan.learning_rate, "seed": plan.seed, "flags": plan.flags()}
+                row |= outcome | self.origin | {"device": device, "alone": not plan.shares}
+                print(f"{time.strftime('%H:%M:%S')} {plan.name}: loss {outcome['val_loss']}", flush=True)
+            finally:
+                self.end(plan, row)
 
 
 def listing(done: dict) -> None:
@@ -374,7 +396,7 @@ def main(argv: list[str]) -> None:
         if not (commit := args.commit or asked.stdout.strip()):
             raise ValueError("git does not know this folder: say which code runs, --commit=NAME")
         driver = Driver(results, deadline, commit, args.text)
-        gpus = list(range(torch.cuda.device_count())) or [None]
+        gpus = 2 * list(range(torch.cuda.device_count())) or [None]
         with ThreadPoolExecutor(len(gpus)) as pool:
             list(pool.map(driver.work, gpus))
     if args.list:

@@ -5,8 +5,10 @@ import math
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 from runs import ROOT
 
 import cost
@@ -83,6 +85,50 @@ def test_a_run_is_recorded_and_goes_on(toy, tmp_path, monkeypatch):
     assert row["flags"]["max_steps"] == 64 and row["curve"][-1][0] == 64
     toy(600).work(None)  # done: not run again
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 1
+
+
+def test_timed_runs_have_the_gpu_for_themselves(toy, tmp_path, monkeypatch):
+    """Two at a time where speed is not asked for, in the order of the plans, each once; and a run that fails frees its
+    place."""
+    new = lambda stage, rate: study.Plan("hymba", "small", stage, 2048, rate)  # noqa: E731
+    order = [
+        new("rate", 1.0),
+        new("rate", 2.0),
+        new("epoch", 3.0),
+        new("recall", 4.0),
+        new("recall", 5.0),
+        new("epoch", 6.0),
+    ]
+    at_once, most, lock = [], {}, threading.Lock()
+
+    def train(plan, env, deadline):
+        with lock:
+            at_once.append(plan)
+            for p in at_once:
+                most[p] = max(most.get(p, 0), len(at_once))
+        time.sleep(0.3)
+        with lock:
+            at_once.remove(plan)
+        if plan.learning_rate == 5.0 and not failed:
+            failed.append(plan)
+            raise RuntimeError("hymba: out of memory")
+        return {"val_loss": 1.0, "tokens_per_s": 1e6}
+
+    failed = []
+    monkeypatch.setattr(study, "train", train)
+    monkeypatch.setattr(study, "measure", lambda *args: {})
+    monkeypatch.setattr(study, "plans", lambda done: order)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu: "a GPU")
+    driver = toy(600)
+    with ThreadPoolExecutor(2) as pool:
+        errors = [job.exception() for job in [pool.submit(driver.work, 0) for _ in range(2)]]
+    assert sorted(map(str, errors)) == ["None", "hymba: out of memory"]
+    rows = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert sorted(row["learning_rate"] for row in rows) == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    assert [row["alone"] for row in sorted(rows, key=lambda row: row["learning_rate"])] == [False] * 2 + [True] + [
+        False
+    ] * 2 + [True]
+    assert [most[plan] for plan in order] == [2, 2, 1, 2, 2, 1]
 
 
 def test_cut_off_runs_go_on(toy, tmp_path, monkeypatch):
