@@ -20,9 +20,9 @@ SPILLS = dict(scan_forward_kernel=96, scan_backward_kernel=160)
 SPILLS |= dict(attention_forward=16, attention_backward_q=32, attention_backward_kv=96)
 # Mamba-2's, the most of Triton 3.6 and 3.8, on Hopper, too. Of the backward pass, most are addresses, kept from
 # before the loop over heads
-SPILLS |= dict(ssd_states_kernel=456, ssd_output_kernel=96, ssd_backward_states_kernel=136, ssd_backward_kernel=768)
+SPILLS |= dict(ssd_backward_states_kernel=136, ssd_backward_kernel=768)
 # Where attention's tiles come without the memory accelerator
-BY_POINTERS = SPILLS | dict(attention_forward=160, attention_backward_q=64, attention_backward_kv=120)
+BY_POINTERS = SPILLS | dict(attention_forward=160, attention_backward_q=80, attention_backward_kv=240)
 
 
 @pytest.mark.skipif(not TRITON, reason="pip install triton: 3.6 or later")
