@@ -51,9 +51,10 @@ import torch.nn.functional as F
 import checkpoint
 import cost
 import ops
+import training
 from engine import Cache, Engine, TokenLoop
 from files import read_json
-from flags import Parser, run
+from flags import Parser, TrainConfig, parse, run
 from model import Hymba, HymbaConfig
 
 SCAN_CPU = (8, 512, 512, 16)  # B, T, D, N
@@ -321,10 +322,9 @@ def attention_gpu(repeats: int, tokens: list[int]) -> list[dict]:
 def train_worker(config: str, peer: bool, B: int, T: int, steps: int = 12) -> dict:
     """Compile, say ready, wait for a line on stdin, then time forward, backward and step as train.py does them: the
     host runs ahead of the device. Tokens/s, peak memory, and the ten kernels that take the longest."""
-    import train
 
     file = next((Path(__file__).parent / "config").rglob(f"{config}.py"), f"config/{config}.py")
-    _, args = train.parse([str(file)])
+    _, args = parse([str(file)])
     if peer:
         scan = torch.compiler.disable(mamba_ssm_scan)
         windowed, full = (flex(w, 128, T + 128, inside=True) for w in (1024, 10**9))
@@ -335,13 +335,13 @@ def train_worker(config: str, peer: bool, B: int, T: int, steps: int = 12) -> di
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
     model = Hymba(HymbaConfig(**(args | {"vocab_size": 50304, "block_size": T}))).cuda()
-    optimizer = train.optimizer_for(model, train.TrainConfig())
+    optimizer = training.optimizer_for(model, TrainConfig())
     windows = torch.randint(0, 50304, (B, T + 1)).numpy()
     start = time.perf_counter()
-    train.compile_blocks(model)
+    training.compile_blocks(model)
     for attempt in range(40):  # others compile on this GPU at the same time, and may hold its memory for a moment
         try:
-            train.StepGraphs(model, B, T, 1)
+            training.StepGraphs(model, B, T, 1)
             break
         except RuntimeError as e:  # not always an OutOfMemoryError: cuBLAS and Triton have their own
             if attempt == 39 or not re.search("out of memory|ALLOC_FAILED", str(e)):
@@ -353,7 +353,7 @@ def train_worker(config: str, peer: bool, B: int, T: int, steps: int = 12) -> di
     compile_s = time.perf_counter() - start
     print("ready", flush=True)
     sys.stdin.readline()
-    graphs = train.StepGraphs(model, B, T, 1)
+    graphs = training.StepGraphs(model, B, T, 1)
 
     def step():
         loss = graphs.loss(windows, backward=True)
@@ -565,9 +565,8 @@ def run_worker(name: str, spec: dict) -> list[dict]:
 
 
 def decode_gpu(batches: list[int], names: list[str], profile: bool) -> list[dict]:
-    import train
 
-    _, hymba = train.parse([str(Path(__file__).parent / "config/hymba_1.5b.py")])
+    _, hymba = parse([str(Path(__file__).parent / "config/hymba_1.5b.py")])
     specs = {"Hymba-1.5B": dict(config=hymba | {"block_size": 8192})} | {"Llama-3.2-3B": dict(config=LLAMA_3B)}
     if importlib.util.find_spec("transformers"):
         specs["Llama-3.2-3B, transformers"] = dict(config=LLAMA_3B, peer=True)

@@ -49,7 +49,7 @@ from hooks import removed, watching
 from model import Hymba, linear_cross_entropy
 from sample import pick_device
 from tokenizer import Tokenizer, encode_piece, tokenizer_of
-from train import even_starts, to_device
+from training import even_starts, to_device
 
 TASKS = ("loss", "recall", "needle", "heads", "attention", "harness")
 AT_ONCE = 16384  # tokens in one forward pass

@@ -1,8 +1,9 @@
 """
-What evaluate.py shows of its results: of each task, the rows of a table, and a picture in which models stand side by
-side. `models` is what stands under that key in the JSON file.
+The picture of a training run, and what evaluate.py shows of its results: of each task, the rows of a table, and a
+picture in which models stand side by side. `models` is what stands under that key in the JSON file.
 """
 
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +11,8 @@ from pathlib import Path
 import numpy as np
 
 
-def show(task: str, models: dict[str, dict], picture: Path) -> None:
-    """Print the table, and draw the picture if matplotlib is there."""
-    rows_of, draw = SHOWN[task]
-    print_table([{"model": name} | row for name, r in models.items() for row in rows_of(r)])
+def pyplot(picture: Path):
+    """matplotlib.pyplot, which needs no display; or None, having said what to install, where it is missing."""
     try:
         import matplotlib
 
@@ -21,11 +20,33 @@ def show(task: str, models: dict[str, dict], picture: Path) -> None:
         import matplotlib.pyplot as plt
     except ImportError:
         print(f"no {picture.name}: pip install matplotlib to get one")
+        return None
+    return plt
+
+
+def plot_loss(metrics: Path, picture: Path) -> None:
+    """Training and validation loss against the step, from the JSON lines, if matplotlib is there."""
+    if not (plt := pyplot(picture)):
         return
-    draw(plt, models)
-    plt.tight_layout()
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    plt.figure(figsize=(7, 4))
+    for key, style in [("loss", {"lw": 0.7}), ("val_loss", {"marker": "o"})]:
+        points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+        plt.plot(*zip(*points, strict=True), label=key, **style)
+    plt.xlabel("step"), plt.ylabel("nats per token"), plt.legend(), plt.grid(alpha=0.3), plt.tight_layout()
     plt.savefig(picture, dpi=120)
     plt.close()
+
+
+def show(task: str, models: dict[str, dict], picture: Path) -> None:
+    """Print the table, and draw the picture if matplotlib is there."""
+    rows_of, draw = SHOWN[task]
+    print_table([{"model": name} | row for name, r in models.items() for row in rows_of(r)])
+    if plt := pyplot(picture):
+        draw(plt, models)
+        plt.tight_layout()
+        plt.savefig(picture, dpi=120)
+        plt.close()
 
 
 def print_table(rows: list[dict]) -> None:

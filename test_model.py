@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 import cost
 import model as model_module
 import train
+import training
 from conftest import (
     LETTERS,
     MEETINGS,
@@ -388,7 +389,7 @@ def test_untied_output_layer():
     assert next(model.generate(idx[0].tolist(), 1, temperature=0)) == logits[0, -1].argmax().item()
     assert model.num_params() == tied.num_params() + 61 * 32
     assert cost.flops_per_token(model) == cost.flops_per_token(tied)
-    groups = train.optimizer_for(model, train.TrainConfig()).param_groups
+    groups = training.optimizer_for(model, train.TrainConfig()).param_groups
     assert any(p is model.lm_head for p in groups[1]["params"])
 
 

@@ -24,7 +24,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,196 +39,25 @@ from tqdm import tqdm
 import checkpoint
 import cost
 import ops
+import pictures
 import prepare
 import sample
 from files import brief, memory, naming
 from flags import TrainConfig, parse, run
-from model import SSM, AttentionHeads, Hymba, HymbaConfig, rope_angles
+from model import Hymba, HymbaConfig
 from run_folder import check_folder, metrics_so_far, recorded, resume, run_folder, take_over
 from tokenizer import Tokenizer, load_tokenizer
-
-
-def learning_rate(cfg: TrainConfig, step: int) -> float:
-    """The rate of a step (0, 1, ...): linear warmup, then constant and linear decay (wsd), or a half cosine."""
-    if step < cfg.warmup_steps:
-        return cfg.learning_rate * (step + 1) / cfg.warmup_steps
-    rest = cfg.max_steps - cfg.warmup_steps
-    span = rest if cfg.schedule == "cosine" else min(cfg.decay_steps, rest)
-    left = min(1.0, (cfg.max_steps - step) / max(1, span))  # 1 before the decay, then down towards 0
-    share = 0.5 - 0.5 * math.cos(math.pi * left) if cfg.schedule == "cosine" else left
-    return cfg.min_lr + share * (cfg.learning_rate - cfg.min_lr)
-
-
-def parse_stages(cfg: TrainConfig, block_size: int) -> list[tuple[int, int]]:
-    """[(first step, block_size)] of the length curriculum; one stage if there is none."""
-    if not cfg.length_stages:
-        return [(0, block_size)]
-    try:
-        stages = [tuple(map(int, stage.split(":"))) for stage in cfg.length_stages.split(",")]
-        lengths, steps = zip(*stages, strict=True)
-    except ValueError:
-        raise ValueError(f"length_stages={brief(cfg.length_stages)}: write length:steps,length:steps") from None
-    if min(steps) < 1 or sum(steps) != cfg.max_steps:
-        stages = brief(cfg.length_stages)
-        raise ValueError(f"length_stages={stages} is {sum(steps)} steps, but max_steps={cfg.max_steps}")
-    per_step = cfg.batch_size * cfg.grad_accum * lengths[0]
-    for length in lengths:
-        if length < 1 or per_step % length or (per_step // length) % max(1, cfg.batch_size * lengths[0] // length):
-            raise ValueError(f"length_stages: {per_step} tokens a step do not divide into sequences of {length}")
-    return [(sum(steps[:i]), length) for i, length in enumerate(lengths)]
-
-
-def draw_windows(
-    sets: list[np.ndarray], mix: float, seed: tuple[int, ...], n: int, T: int, record: int = 1
-) -> np.ndarray:
-    """n random windows of T + 1 tokens (n, T + 1), each from sets[1] with probability mix: a function of seed. They
-    begin at multiples of record."""
-    rng = np.random.default_rng(seed)
-    which, where = rng.random(n) < mix, rng.random(n)
-    windows = []
-    for second, u in zip(which, where, strict=True):
-        data = sets[int(second)]
-        start = int(u * ((len(data) - T - 1) // record + 1)) * record
-        windows.append(data[start : start + T + 1])
-    return np.stack(windows).astype(np.int64)
-
-
-def even_starts(n_tokens: int, T: int, n: int, record: int = 1) -> np.ndarray:
-    """Where up to n windows of T + 1 tokens begin, evenly spaced over n_tokens, at multiples of record."""
-    there = (n_tokens - T - 1) // record + 1
-    return np.linspace(0, there - 1, min(n, there)).astype(int) * record
-
-
-def optimizer_for(model: Hymba, cfg: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on the matrices of linear layers alone.
-
-    Not on norms, biases, A_log and D: they are scales, for which zero is no neutral value. Not on embeddings and
-    meta tokens: a rare token's row would shrink at every step and grow only when it is seen, and small rows make the
-    first norm's gradients large.
-    """
-    named, matrices = list(model.named_parameters()), ("proj.weight", "_proj")  # the latter: of experts
-    decay = [p for name, p in named if name.endswith(matrices)]
-    rest = [p for name, p in named if not name.endswith(matrices)]
-    groups = [{"params": decay, "weight_decay": cfg.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    fused = next(model.parameters()).is_cuda
-    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=fused)
-
-
-def plot_loss(metrics: Path, picture: Path) -> None:
-    """Training and validation loss against the step, from the JSON lines."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        print("no loss.png: pip install matplotlib to get one")
-        return
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    plt.figure(figsize=(7, 4))
-    for key, style in [("loss", {"lw": 0.7}), ("val_loss", {"marker": "o"})]:
-        points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
-        plt.plot(*zip(*points, strict=True), label=key, **style)
-    plt.xlabel("step"), plt.ylabel("nats per token"), plt.legend(), plt.grid(alpha=0.3), plt.tight_layout()
-    plt.savefig(picture, dpi=120)
-    plt.close()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Forward and backward pass
-
-
-def to_device(windows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Inputs and targets (n, T) of windows (n, T + 1) of tokens. The host does not wait for the copy.
-
-    A token t that is not to be predicted stands there as ~t: negative, as the model's targets are then."""
-    windows = torch.from_numpy(windows)
-    windows = (windows.pin_memory() if device.type == "cuda" else windows).to(device, non_blocking=True)
-    return torch.maximum(windows, ~windows)[:, :-1], windows[:, 1:]
-
-
-def mean_loss(model: torch.nn.Module, idx: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy () of the targets, in bfloat16 on a GPU."""
-    with torch.autocast("cuda", torch.bfloat16) if idx.is_cuda else nullcontext():
-        return model(idx, targets)
-
-
-def compile_blocks(model: Hymba) -> None:
-    """torch.compile for each block by itself. Blocks of one kind share what is compiled, so that 32 of them take little
-    longer than four: compiling the model whole gave the same speed and took minutes."""
-    torch._dynamo.config.recompile_limit = 64  # kinds of blocks, times block sizes of a length curriculum
-    for block in model.blocks:
-        block.compile(dynamic=False)
-
-
-def compile_kernels(config: HymbaConfig, n: int, T: int, device: torch.device) -> list[Future]:
-    """Have threads compile the kernels of a forward and backward pass of n sequences of T tokens, while the model is
-    made and torch.compile is at its blocks: each kind of heads runs once, with anything for weights."""
-
-    def once(kind: type, layer: int, rest: tuple) -> None:
-        with torch.device("meta"):  # draws nothing from the generator that the model's weights come from
-            heads = kind(config, layer).to_empty(device=device)
-        x = torch.zeros(n, config.n_meta + T, sum(heads.sizes), device=device, requires_grad=True)
-        with torch.autocast("cuda", torch.bfloat16):
-            out = heads(x.bfloat16(), *rest)
-        (out[0] if isinstance(out, tuple) else out).sum().backward()
-
-    jobs, pool = {}, ThreadPoolExecutor()
-    rope = rope_angles(config, torch.arange(config.n_meta + T, device=device)[None])
-    for layer, letter in enumerate(config.pattern):
-        alone, size = letter == "M", config.value_size(letter)
-        if letter in "MHh" and ("ssm", alone) not in jobs:
-            jobs["ssm", alone] = pool.submit(once, SSM[config.ssm], layer, (None,))
-        if letter != "M" and ("attention", size) not in jobs:
-            jobs["attention", size] = pool.submit(once, AttentionHeads, layer, (rope, None, None))
-    pool.shutdown(wait=False)
-    return list(jobs.values())
-
-
-class StepGraphs:
-    """Forward and backward pass of n sequences of T tokens as two CUDA graphs. A step launches these two instead of
-    some thousand kernels, so the GPU never waits for the host. The first alone serves evaluation.
-
-    The gradients are the mean over `pieces` calls of loss. They stay at the same addresses. While a job of `busy` runs,
-    it may use the GPU, which capturing does not allow.
-    """
-
-    def __init__(self, model: Hymba, n: int, T: int, pieces: int, busy: Sequence[Future] = ()):
-        device = model.embed.weight.device
-        self.parameters, self.pieces = list(model.parameters()), pieces
-        self.idx, self.targets = torch.zeros(2, n, T, dtype=torch.long, device=device)
-        stream = torch.cuda.Stream()  # capturing asks for another than the default one
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # compiles everything, and leaves no first time to the graph
-                mean_loss(model, self.idx, self.targets).backward()
-                for job in busy:
-                    job.result()
-        torch.cuda.current_stream().wait_stream(stream)
-        for p in self.parameters:
-            p.grad = torch.zeros_like(p) if pieces > 1 else None
-        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.forward):
-            self.mean = mean_loss(model, self.idx, self.targets) / pieces
-        with torch.cuda.graph(self.backward, pool=self.forward.pool()):
-            self.mean.backward()
-        self.mean = self.mean.detach()
-
-    def zero_gradients(self) -> None:
-        if self.pieces > 1:  # else each backward pass writes them anew
-            torch._foreach_zero_([p.grad for p in self.parameters])
-
-    def loss(self, windows: np.ndarray, backward: bool = False) -> Tensor:
-        """Mean loss () of windows (up to n, T + 1), divided by pieces if their gradients are taken, too."""
-        idx, targets = to_device(windows, self.idx.device)
-        self.idx[: len(idx)].copy_(idx)
-        self.targets.fill_(-1)[: len(idx)].copy_(targets)
-        self.forward.replay()
-        if not backward:
-            return self.mean * self.pieces
-        self.backward.replay()
-        return self.mean.clone()
-
+from training import (
+    StepGraphs,
+    compile_blocks,
+    compile_kernels,
+    draw_windows,
+    even_starts,
+    learning_rate,
+    mean_loss,
+    optimizer_for,
+    to_device,
+)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # A run: what it needs is opened and checked before any time is spent
@@ -360,6 +189,25 @@ def open_data(cfg: TrainConfig, rank: int, world: int) -> Data:
         data.train.append(second)
         checksums["anneal"] = second_meta["train"]["sha256"]
     return data
+
+
+def parse_stages(cfg: TrainConfig, block_size: int) -> list[tuple[int, int]]:
+    """[(first step, block_size)] of the length curriculum; one stage if there is none."""
+    if not cfg.length_stages:
+        return [(0, block_size)]
+    try:
+        stages = [tuple(map(int, stage.split(":"))) for stage in cfg.length_stages.split(",")]
+        lengths, steps = zip(*stages, strict=True)
+    except ValueError:
+        raise ValueError(f"length_stages={brief(cfg.length_stages)}: write length:steps,length:steps") from None
+    if min(steps) < 1 or sum(steps) != cfg.max_steps:
+        stages = brief(cfg.length_stages)
+        raise ValueError(f"length_stages={stages} is {sum(steps)} steps, but max_steps={cfg.max_steps}")
+    per_step = cfg.batch_size * cfg.grad_accum * lengths[0]
+    for length in lengths:
+        if length < 1 or per_step % length or (per_step // length) % max(1, cfg.batch_size * lengths[0] // length):
+            raise ValueError(f"length_stages: {per_step} tokens a step do not divide into sequences of {length}")
+    return [(sum(steps[:i]), length) for i, length in enumerate(lengths)]
 
 
 def configure(cfg: TrainConfig, model_args: dict, data: Data) -> tuple[HymbaConfig, list[tuple[int, int]]]:
@@ -623,7 +471,7 @@ def main(argv: list[str]) -> None:
             finished = train(run, received)
         if rank == 0 and finished:
             with naming(run.out / "loss.png"):
-                plot_loss(run.metrics, run.out / "loss.png")
+                pictures.plot_loss(run.metrics, run.out / "loss.png")
             if cfg.sample_tokens:
                 with torch.compiler.set_stance("force_eager"):  # the engine does not compile
                     sample.stream(sample.Engine(run.model), data.tokenizer, cfg.prompt, cfg.sample_tokens)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import checkpoint
 import files
 import train
+import training
 from conftest import dense_attention, error, scan_loop, small, tokens
 from engine import Engine
 from model import Hymba, HymbaConfig
@@ -66,7 +67,7 @@ def test_cast_keeps_what_must_be_float32():
 
 def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     model = small("M")
-    optimizer = train.optimizer_for(model, train.TrainConfig())
+    optimizer = training.optimizer_for(model, train.TrainConfig())
     model(tokens(1, 5), tokens(1, 5)).backward()
     optimizer.step()
     folder = tmp_path / "last"

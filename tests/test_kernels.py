@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import model as model_module
 import ops
 import train
+import training
 from conftest import (
     BOUNDS,
     GPU,
@@ -355,7 +356,7 @@ def test_training_with_kernels_on_and_off(ssm):
         ops.use_kernels(on)
         torch.manual_seed(0)
         model = Hymba(HymbaConfig(**(SMALL | dict(pattern="HhhH", n_embd=64, ssm=ssm)))).cuda()
-        optimizer = train.optimizer_for(model, train.TrainConfig())
+        optimizer = training.optimizer_for(model, train.TrainConfig())
         data, out = tokens(3000).cuda() // 8, []
         for step in range(200):
             at = (torch.arange(8)[:, None] * 331 + step * 13 + torch.arange(33)) % 3000

@@ -13,6 +13,7 @@ import flags
 import prepare
 import recall
 import train
+import training
 from conftest import small
 from model import Hymba, HymbaConfig
 
@@ -65,18 +66,18 @@ def test_the_data_set(tmp_path):
 
 def test_windows_are_records():
     data = np.arange(50)
-    windows = train.draw_windows([data], 0.0, (0, 1), 500, 9, record=10)
+    windows = training.draw_windows([data], 0.0, (0, 1), 500, 9, record=10)
     assert set(windows[:, 0].tolist()) == {0, 10, 20, 30, 40} and (windows - windows[:, :1] == np.arange(10)).all()
-    assert train.even_starts(50, 9, 3, 10).tolist() == [0, 20, 40]
-    assert train.even_starts(50, 9, 99, 10).tolist() == [0, 10, 20, 30, 40]
-    assert train.even_starts(50, 9, 3).tolist() == [0, 20, 40] and len(train.even_starts(50, 9, 99)) == 41
+    assert training.even_starts(50, 9, 3, 10).tolist() == [0, 20, 40]
+    assert training.even_starts(50, 9, 99, 10).tolist() == [0, 10, 20, 30, 40]
+    assert training.even_starts(50, 9, 3).tolist() == [0, 20, 40] and len(training.even_starts(50, 9, 99)) == 41
 
 
 def test_only_answers_count():
     """The loss of a window is the mean of the losses of the tokens that are not marked."""
     model, tokens = small("hM"), np.random.default_rng(0).integers(0, 61, (3, 12))
     marked = np.where(np.random.default_rng(1).random(tokens.shape) < 0.7, ~tokens, tokens)
-    idx, targets = train.to_device(marked, torch.device("cpu"))
+    idx, targets = training.to_device(marked, torch.device("cpu"))
     assert (idx.numpy() == tokens[:, :-1]).all()
     every = F.cross_entropy(model(idx).flatten(0, 1), torch.tensor(tokens[:, 1:]).flatten(), reduction="none")
     expected = every[torch.tensor(marked[:, 1:] >= 0).flatten()].mean()
