@@ -355,7 +355,8 @@ def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The parts of a block. Both kinds of heads say in `sizes` which slices of the block's one input projection are theirs.
+# The parts of a block. Both kinds of heads say in `sizes` how wide the slices are that they take of the block's one
+# input projection.
 
 
 class RMSNorm(nn.Module):
@@ -371,7 +372,7 @@ class RMSNorm(nn.Module):
 
 
 class AttentionHeads(nn.Module):
-    """Attention heads without their projections: queries, keys and values side by side -> (B, T, H F).
+    """Attention heads without their projections: queries, keys and values -> (B, T, H F).
 
     kv is handed from block to block: an owner replaces it, and any other block passes it on. A block that shares keys
     and values has queries alone, and reads what it was handed. cache.attend stores the kv of an owner, attends to all
@@ -389,9 +390,8 @@ class AttentionHeads(nn.Module):
         self.width = self.H * self.F
 
     def forward(self, qkv, rope, kv, cache):
-        """qkv (B, T, sum of sizes); kv, which an owner ignores: keys (B, S, G, E) and values (B, S, G, F) handed on."""
-        B, T, _ = qkv.shape
-        q, k, v = qkv.split(self.sizes, dim=-1)
+        """q, k, v (B, T, size); kv that was handed on, an owner ignores it: keys (B, S, G, E), values (B, S, G, F)."""
+        (q, k, v), (B, T, _) = qkv, qkv[0].shape
         q = apply_rope(q.view(B, T, self.H, self.E), rope)
         if self.owns_kv:
             kv = apply_rope(k.view(B, T, self.G, self.E), rope), v.view(B, T, self.G, self.F)
@@ -426,8 +426,8 @@ class MambaHeads(nn.Module):
         self.D = nn.Parameter(torch.ones(D))  # the skip weight of each channel
 
     def forward(self, xz, cache):
-        """xz (B, T, 2 D) -> (B, T, D)."""
-        x, z = xz.split(self.sizes, dim=-1)
+        """x and z (B, T, D) -> (B, T, D)."""
+        x, z = xz
         tail, state = (None, None) if cache is None else cache.ssm
         x, tail = causal_conv(x, self.conv_weight, self.conv_bias, tail)
         dt, B, C = self.x_proj(x).split(self.dtBC_sizes, dim=-1)  # (B, T, R), (B, T, N), (B, T, N)
@@ -460,8 +460,8 @@ class Mamba2Heads(nn.Module):
         self.norm = RMSNorm(D, config.norm_eps) if letter == "M" else nn.Identity()
 
     def forward(self, zxBCdt, cache):
-        """zxBCdt (B, T, 2 D + 2 N + heads) -> (B, T, D)."""
-        z, xBC, dt = zxBCdt.split(self.sizes, dim=-1)
+        """z (B, T, D), xBC (B, T, D + 2 N) and dt (B, T, heads) -> (B, T, D)."""
+        z, xBC, dt = zxBCdt
         tail, state = (None, None) if cache is None else cache.ssm
         xBC, tail = causal_conv(xBC, self.conv_weight, self.conv_bias, tail)
         x, B, C = xBC.split(self.xBC_sizes, dim=-1)  # (B, T, D), (B, T, N), (B, T, N)
@@ -522,17 +522,17 @@ class Mixer(nn.Module):
             norms = (RMSNorm(h.width, config.norm_eps) if plain else BranchNorm(config, h.width) for h in heads)
             self.attn_branch_norm, self.ssm_branch_norm = norms
         width = sum(h.width for h in heads) if config.fusion == "concat" else heads[0].width
-        self.sizes = [sum(h.sizes) if h else 0 for h in (self.attn, self.ssm)]  # of in_proj's output
+        self.sizes = [size for h in heads for size in h.sizes]  # of in_proj's output
         self.in_proj = nn.Linear(C, sum(self.sizes), bias=False)
         self.out_proj = nn.Linear(width, C, bias=False)
 
     def forward(self, x, rope, kv, cache):
         """x (B, T, C) -> (B, T, C), and the keys and values that the blocks of its group read."""
-        qkv, xz = self.in_proj(x).split(self.sizes, dim=-1)
+        parts = self.in_proj(x).split(self.sizes, dim=-1)
         if self.attn:
-            y, kv = self.attn(qkv, rope, kv, cache)  # (B, T, H F)
+            y, kv = self.attn(parts[:3], rope, kv, cache)  # (B, T, H F)
         if self.ssm:
-            s = self.ssm(xz, cache)  # (B, T, D)
+            s = self.ssm(parts[3:] if self.attn else parts, cache)  # (B, T, D)
             y = fuse(y, s, self.attn_branch_norm, self.ssm_branch_norm, self.fusion) if self.attn else s
         return self.out_proj(y), kv
 

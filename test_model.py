@@ -250,7 +250,7 @@ def test_mamba2_heads_against_a_plain_forward(letter):
     y = y.flatten(2) * F.silu(z)
     rms = lambda u, scale: u / (u.square().mean(-1, keepdim=True) + 1e-6).sqrt() * scale  # noqa: E731
     with torch.no_grad():
-        mine = m.ssm(F.linear(x, rows), None)
+        mine = m.ssm(F.linear(x, rows).split(m.ssm.sizes, -1), None)
         if letter == "M":
             assert error(m(x, None, None, None)[0], rms(y, w["norm.weight"]) @ m.out_proj.weight.T) < 1e-6
         else:  # the norm is the branch's

@@ -99,7 +99,7 @@ def compile_kernels(config: HymbaConfig, n: int, T: int, device: torch.device) -
             heads = kind(config, layer).to_empty(device=device)
         x = torch.zeros(n, config.n_meta + T, sum(heads.sizes), device=device, requires_grad=True)
         with torch.autocast("cuda", torch.bfloat16):
-            out = heads(x.bfloat16(), *rest)
+            out = heads(x.bfloat16().split(heads.sizes, dim=-1), *rest)
         (out[0] if isinstance(out, tuple) else out).sum().backward()
 
     jobs, pool = {}, ThreadPoolExecutor()

@@ -195,7 +195,7 @@ def test_attention(pattern, n_meta, monkeypatch):
             assert row["share"] is None and row["meta"] is None
             continue
         heads, ((qkv, *_), (_, handed)) = model.blocks[i].mixer.attn, kept[i, "attn"]
-        q = qkv[..., : heads.H * heads.E].unflatten(-1, (heads.H, heads.E))
+        q = qkv[0].unflatten(-1, (heads.H, heads.E))
         half = heads.E // 2
         angle = torch.arange(M + T)[:, None, None] * c.rope_base ** (-torch.arange(half) / half)
         turn = torch.polar(torch.ones(()).double(), angle.double())
