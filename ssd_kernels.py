@@ -173,12 +173,11 @@ def ssd_backward_states_kernel(
 
 @triton.jit
 def ssd_backward_kernel(
-    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, dy_ptr, step_ptr, s_ptr, dstates_ptr, before_ptr, through_ptr,
-    dx_ptr, ddt_ptr, dB_ptr, dC_ptr, sums_ptr,
-    T, heads, group, n_chunk, x_b, x_t, x_h, dt_b, dt_t, B_b, B_t, C_b, C_t, dy_b, dy_t, dy_h,
+    x_ptr, B_ptr, C_ptr, D_ptr, dy_ptr, step_ptr, s_ptr, dstates_ptr, dx_ptr, rows_ptr, dB_ptr, dC_ptr,
+    T, heads, group, n_chunk, x_b, x_t, x_h, B_b, B_t, C_b, C_t, dy_b, dy_t, dy_h,
     P: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, Q: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """The gradients within a chunk, and what follows from all. With
+    """The gradients within a chunk. With
 
         L_ij = exp(s_i - s_j), i >= j, else 0      w_j = exp(s_last - s_j)      e_i = exp(s_i)
         G_ij = L_ij u_j . dy_i, the gradient of C_i . B_j                       Z_ij = G_ij (C_i . B_j)
@@ -186,19 +185,16 @@ def ssd_backward_kernel(
         du_j = sum_i L_ij (C_i . B_j) dy_i + w_j dh B_j        dx = dt du + D dy
         dB_j = sum_i G_ij C_i + w_j dh^T u_j                   dC_i = sum_j G_ij B_j + e_i h^T dy_i
 
-    and of a_t = dt_t A, whose exponential all decays from before t to t or later have in them,
-
-        da_t = sum_{i >= t > j} Z_ij + sum_{i >= t} before_i + sum_{j < t} u_j . w_j dh B_j + through
-        ddt_t = A da_t + x_t . du_t
-
     dB and dC are sums over heads: each program adds up the G of its own, and leaves the result in (groups, B, T, N).
-    The products stand transposed, tokens j along rows, so that only the sum of all G is ever turned round. What a chunk
-    adds to the gradients of A, the bias and D is in (3, B, chunks, heads). Grid (groups of heads, chunks, B).
+    The products stand transposed, tokens j along rows, so that only the sum of all G is ever turned round. Of each
+    token, rows (4, B, heads, chunks Q) keep sum_i Z_ti / dt_t, sum_j Z_tj, x_t . w_t dh B_t and x_t . dy_t for
+    ssd_backward_steps_kernel. Grid (groups of heads, chunks, B).
     """
     c, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     t, p, n = tl.arange(0, Q), tl.arange(0, BP), tl.arange(0, BN)
     token = (c * Q + t).to(tl.int64)
     at, here = t[:, None] * (heads * P) + p[None, :], (token < T)[:, None] & (p < P)[None, :]
+    size = tl.num_programs(2) * heads * n_chunk * Q
     B = load_rows(B_ptr + b * B_b, c * Q, T, B_t, N, Q, BN, DOT)
     C = load_rows(C_ptr + b * C_b, c * Q, T, C_t, N, Q, BN, DOT)
     BC = tl.where(t[:, None] <= t[None, :], tl.dot(B, C.T, input_precision="ieee"), 0.0)  # (Q, Q): j, i
@@ -209,33 +205,23 @@ def ssd_backward_kernel(
         step, s, s_last = tl.load(step_ptr + row + t), tl.load(s_ptr + row + t), tl.load(s_ptr + row + Q - 1)
         x = load_rows(x_ptr + b * x_b + head * x_h, c * Q, T, x_t, P, Q, BP, DOT)
         dy = load_rows(dy_ptr + b * dy_b + head * dy_h, c * Q, T, dy_t, P, Q, BP, DOT)
-        chunk = (b * n_chunk + c) * heads + head
-        dh = load_state(dstates_ptr + chunk * (P * N), P, BP, N, BN)
+        dh = load_state(dstates_ptr + ((b * n_chunk + c) * heads + head) * (P * N), P, BP, N, BN)
         decay = decays(s[None, :], s[:, None])
         G = tl.dot(x, dy.T, input_precision="ieee") * decay
         G_sum += G * step[:, None]
         M = (BC * decay).to(DOT)
         Z = G * BC
-        x_du, y_dy = tl.sum(Z, 1), tl.sum(Z * step[:, None], 0)
+        tl.store(rows_ptr + row + t, tl.sum(Z, 1))
+        tl.store(rows_ptr + size + row + t, tl.sum(Z * step[:, None], 0))
 
         du = tl.dot(B, dh.T, input_precision="ieee") * tl.exp2(s_last - s)[:, None]
-        after = tl.sum(du * x.to(tl.float32), 1)
+        tl.store(rows_ptr + 2 * size + row + t, tl.sum(du * x.to(tl.float32), 1))
         # s is never positive: this is dy, in the registers in which du is
-        dD = tl.sum(tl.where(s_last <= 0.0, dy.to(tl.float32), du) * x.to(tl.float32))
+        dy_here = tl.where(s_last <= 0.0, dy.to(tl.float32), du)
+        tl.store(rows_ptr + 3 * size + row + t, tl.sum(dy_here * x.to(tl.float32), 1))
         du = tl.dot(M, dy, du, input_precision="ieee")
         dx = du * step[:, None] + tl.load(D_ptr + head).to(tl.float32) * dy.to(tl.float32)
         tl.store(dx_ptr + ((b * T + c * Q) * heads + head) * P + at, dx.to(dx_ptr.dtype.element_ty), mask=here)
-
-        to_end = y_dy - x_du * step + tl.load(before_ptr + row + t) - after * step
-        da = tl.cumsum(to_end, 0, reverse=True) + tl.sum(after * step) + tl.load(through_ptr + chunk)
-        raw = tl.load(dt_ptr + b * dt_b + token * dt_t + head, mask=token < T, other=0.0).to(tl.float32)
-        ddt = (tl.load(A_ptr + head) * da + x_du + after) * sigmoid(raw + tl.load(bias_ptr + head).to(tl.float32))
-        ddt = tl.where(token < T, ddt, 0.0)
-        tl.store(ddt_ptr + (b * T + token) * heads + head, ddt.to(ddt_ptr.dtype.element_ty), mask=token < T)
-        size = tl.num_programs(2) * n_chunk * heads
-        tl.store(sums_ptr + chunk, tl.sum(da * step))
-        tl.store(sums_ptr + size + chunk, tl.sum(ddt))
-        tl.store(sums_ptr + 2 * size + chunk, dD)
     G = tl.where(t[:, None] <= t[None, :], G_sum, 0.0).to(DOT)
     dB = tl.dot(G, C, input_precision="ieee")
     dC = tl.dot(G.T, B, input_precision="ieee")
@@ -243,6 +229,47 @@ def ssd_backward_kernel(
     inside = (token < T)[:, None] & (n < N)[None, :]
     tl.store(dB_ptr + at, dB.to(dB_ptr.dtype.element_ty), mask=inside)
     tl.store(dC_ptr + at, dC.to(dC_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def ssd_backward_steps_kernel(
+    dt_ptr, A_ptr, bias_ptr, step_ptr, rows_ptr, before_ptr, through_ptr, ddt_ptr, sums_ptr, T, heads, dt_b, dt_t,
+    Q: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
+    """The gradients of dt and of what heads have one number of. Of a_t = dt_t A, whose exponential all decays from
+    before t to t or later have in them (see ssd_backward_kernel for the letters),
+
+        da_t = sum_{i >= t > j} Z_ij + sum_{i >= t} before_i + sum_{j < t} u_j . w_j dh B_j + through
+        ddt_t = A da_t + x_t . du_t
+
+    What a chunk adds to the gradients of A, the bias and D is in (3, B, chunks, heads). Grid (heads / BH, chunks, B).
+    """
+    h = tl.program_id(0) * BH + tl.arange(0, BH)
+    t = tl.program_id(1) * Q + tl.arange(0, Q)
+    b = tl.program_id(2).to(tl.int64)
+    n_chunk, in_h = tl.num_programs(1), (h < heads)[None, :]
+    here = (t < T)[:, None] & in_h
+    at = (b * heads + h)[None, :] * (n_chunk * Q) + t[:, None]
+    size = tl.num_programs(2) * heads * n_chunk * Q
+    step = tl.load(step_ptr + at, mask=in_h, other=0.0)
+    x_du = tl.load(rows_ptr + at, mask=in_h, other=0.0)
+    y_dy = tl.load(rows_ptr + size + at, mask=in_h, other=0.0)
+    after = tl.load(rows_ptr + 2 * size + at, mask=in_h, other=0.0)
+    before = tl.load(before_ptr + at, mask=in_h, other=0.0)
+    chunk = (b * n_chunk + tl.program_id(1)) * heads + h
+    whole = tl.sum(after * step, 0) + tl.load(through_ptr + chunk, mask=h < heads, other=0.0)
+    da = tl.cumsum(y_dy - x_du * step + before - after * step, 0, reverse=True) + whole[None, :]
+    token = t.to(tl.int64)[:, None]
+    raw = tl.load(dt_ptr + b * dt_b + token * dt_t + h[None, :], mask=here, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + h, mask=h < heads, other=0.0).to(tl.float32)
+    A = tl.load(A_ptr + h, mask=h < heads, other=0.0)
+    ddt = tl.where(here, (A[None, :] * da + x_du + after) * sigmoid(raw + bias[None, :]), 0.0)
+    tl.store(ddt_ptr + (b * T + token) * heads + h[None, :], ddt.to(ddt_ptr.dtype.element_ty), mask=here)
+    size_of_sums = tl.num_programs(2) * n_chunk * heads
+    tl.store(sums_ptr + chunk, tl.sum(da * step, 0), mask=h < heads)
+    tl.store(sums_ptr + size_of_sums + chunk, tl.sum(ddt, 0), mask=h < heads)
+    dD = tl.sum(tl.load(rows_ptr + 3 * size + at, mask=in_h, other=0.0), 0)
+    tl.store(sums_ptr + 2 * size_of_sums + chunk, dD, mask=h < heads)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -347,7 +374,7 @@ def _ssd_backward(
     # is the states' part, the second the one within chunks.
     sums = torch.bfloat16 if B.dtype == torch.bfloat16 else torch.float32
     dB, dC = torch.empty(2, 2, n_group, b, t, n, dtype=sums, device=x.device)
-    before, through = torch.empty_like(s), s.new_empty(b, n_chunk, heads)
+    before, through, rows = torch.empty_like(s), s.new_empty(b, n_chunk, heads), s.new_empty(4, *s.shape)
     of_heads = s.new_empty(3, b * n_chunk, heads)
     ssd_backward_states_kernel[(n_group, n_chunk, b)](
         x, C, dy, step, s, states, dstates, before, through, dB[0], dC[0], t, heads, group, n_chunk,
@@ -355,12 +382,13 @@ def _ssd_backward(
         **_launch(tile, 4 if large() else 8, 2),
     )  # fmt: skip
     ssd_backward_kernel[(n_group, n_chunk, b)](
-        x, dt, A, B, C, D, dt_bias, dy, step, s, dstates, before, through, dx, ddt, dB[1], dC[1], of_heads,
-        t, heads, group, n_chunk,
-        *x.stride()[:3], *dt.stride()[:2], *B.stride()[:2], *C.stride()[:2], *dy.stride()[:3],
-        **_launch(tile, 4, 2),
+        x, B, C, D, dy, step, s, dstates, dx, rows, dB[1], dC[1], t, heads, group, n_chunk,
+        *x.stride()[:3], *B.stride()[:2], *C.stride()[:2], *dy.stride()[:3], **_launch(tile, 4, 2),
     )  # fmt: skip
-    dB, dC = (u.sum((0, 1), dtype=torch.float32).to(B.dtype) for u in (dB, dC))
+    ssd_backward_steps_kernel[(triton.cdiv(heads, 16), n_chunk, b)](
+        dt, A, dt_bias, step, rows, before, through, ddt, of_heads, t, heads, *dt.stride()[:2], Q=tile["Q"], BH=16
+    )
+    dB, dC = (u.sum((0, 1)) for u in (dB, dC))
     return dx, ddt, dB, dC, of_heads.sum(1), dstate
 
 
