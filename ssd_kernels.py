@@ -66,17 +66,15 @@ def ssd_steps_kernel(dt_ptr, A_ptr, bias_ptr, step_ptr, s_ptr, T, heads, dt_b, d
 
 @triton.jit
 def ssd_states_kernel(
-    x_ptr, B_ptr, other_ptr, step_ptr, s_ptr, first_ptr, states_ptr, last_ptr, du_ptr,
-    T, heads, n_chunk, x_b, x_t, x_h, B_b, B_t, other_b, other_t,
+    x_ptr, B_ptr, step_ptr, s_ptr, first_ptr, states_ptr, last_ptr, T, heads, n_chunk, x_b, x_t, x_h, B_b, B_t,
     P: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, Q: tl.constexpr, DOT: tl.constexpr,
     REVERSE: tl.constexpr,
 ):  # fmt: skip
     """The states before each chunk, (B, chunks, heads, P, N) in the products' dtype, and the last one in float32.
 
-    REVERSE: from right to left, with dy for x, C for B and B for other, the gradients of the states after each chunk:
-    dh = exp(s_last) dh' + sum_i exp(s_i) dy_i C_i^T; and through them of u, du_j = exp(s_last - s_j) dh' B_j, in the
-    products' dtype. Grid (P / BP, heads, B), a state in registers. The floor is memory: x once, 2 P N bytes a chunk,
-    and du once.
+    REVERSE: from right to left, with dy for x and C for B, the gradients of the states after each chunk:
+    dh = exp(s_last) dh' + sum_i exp(s_i) dy_i C_i^T. Grid (P / BP, heads, B), a state in registers. The floor is
+    memory: x once, and 2 P N bytes a chunk.
     """
     head, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     p, n, t = tl.program_id(0) * BP + tl.arange(0, BP), tl.arange(0, BN), tl.arange(0, Q)
@@ -95,15 +93,11 @@ def ssd_states_kernel(
             c = n_chunk - 1 - i
         tl.store(states_ptr + c.to(tl.int64) * heads * (P * N) + at, h.to(DOT), mask=inside)
         s, s_last = tl.load(s_ptr + c * Q + t), tl.load(s_ptr + c * Q + Q - 1)
-        here = (p < P)[:, None] & (c * Q + t < T)[None, :]
         if REVERSE:
             weight = tl.exp2(s)
-            other = load_rows(other_ptr + b * other_b, c * Q, T, other_t, N, Q, BN, DOT)
-            du = tl.dot(h.to(DOT), other.T, input_precision="ieee") * tl.exp2(s_last - s)[None, :]  # (BP, Q)
-            at_t = ((b * T + c * Q + t[None, :]) * heads + head) * P + p[:, None]
-            tl.store(du_ptr + at_t, du.to(DOT), mask=here)
         else:
             weight = tl.exp2(s_last - s) * tl.load(step_ptr + c * Q + t)
+        here = (p < P)[:, None] & (c * Q + t < T)[None, :]
         x = tl.load(x_ptr + c.to(tl.int64) * Q * x_t + (t[None, :] * x_t + p[:, None]), mask=here, other=0.0)  # (BP, Q)
         B = load_rows(B_ptr, c * Q, T, B_t, N, Q, BN, DOT)
         h = tl.dot((x.to(tl.float32) * weight[None, :]).to(DOT), B, h * tl.exp2(s_last), input_precision="ieee")
@@ -141,7 +135,7 @@ def ssd_output_kernel(
 
 @triton.jit
 def ssd_backward_states_kernel(
-    x_ptr, C_ptr, dy_ptr, step_ptr, s_ptr, states_ptr, dstates_ptr, before_ptr, x_dy_ptr, through_ptr, dB_ptr, dC_ptr,
+    x_ptr, C_ptr, dy_ptr, step_ptr, s_ptr, states_ptr, dstates_ptr, before_ptr, through_ptr, dB_ptr, dC_ptr,
     T, heads, group, n_chunk, x_b, x_t, x_h, C_b, C_t, dy_b, dy_t, dy_h,
     P: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, Q: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
@@ -150,8 +144,7 @@ def ssd_backward_states_kernel(
 
         dC_i = e_i h^T dy_i      dB_j = w_j dh^T u_j      before_i = e_i dy_i . h C_i      through = exp(s_last) h . dh
 
-    before and, for the gradient of D, x_dy_i = x_i . dy_i are (B, heads, chunks Q), through (B, chunks, heads). Grid
-    (groups of heads, chunks, B).
+    before (B, heads, chunks Q), through (B, chunks, heads). Grid (groups of heads, chunks, B).
     """
     c, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     t, n = tl.arange(0, Q), tl.arange(0, BN)
@@ -170,7 +163,6 @@ def ssd_backward_states_kernel(
         tl.store(before_ptr + row + t, tl.sum(tl.dot(C, h.T, input_precision="ieee") * dy_e, 1))
         tl.store(through_ptr + at, tl.exp2(s_last) * tl.sum(h.to(tl.float32) * dh.to(tl.float32)))
         dC = tl.dot(dy_e.to(DOT), h, dC, input_precision="ieee")
-        tl.store(x_dy_ptr + row + t, tl.sum(x.to(tl.float32) * dy.to(tl.float32), 1))
         u_w = x.to(tl.float32) * (step * tl.exp2(s_last - s))[:, None]
         dB = tl.dot(u_w.to(DOT), dh, dB, input_precision="ieee")
     at = ((tl.program_id(0) * tl.num_programs(2) + b) * T + c * Q + t)[:, None] * N + n[None, :]
@@ -181,11 +173,12 @@ def ssd_backward_states_kernel(
 
 @triton.jit
 def ssd_backward_kernel(
-    x_ptr, B_ptr, C_ptr, D_ptr, dy_ptr, step_ptr, s_ptr, du_ptr, dx_ptr, rows_ptr, dB_ptr, dC_ptr,
-    T, heads, group, n_chunk, x_b, x_t, x_h, B_b, B_t, C_b, C_t, dy_b, dy_t, dy_h,
+    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, dy_ptr, step_ptr, s_ptr, dstates_ptr, before_ptr, through_ptr,
+    dx_ptr, ddt_ptr, dB_ptr, dC_ptr, sums_ptr,
+    T, heads, group, n_chunk, x_b, x_t, x_h, dt_b, dt_t, B_b, B_t, C_b, C_t, dy_b, dy_t, dy_h,
     P: tl.constexpr, BP: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, Q: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """The gradients within a chunk. With
+    """The gradients within a chunk, and what follows from all. With
 
         L_ij = exp(s_i - s_j), i >= j, else 0      w_j = exp(s_last - s_j)      e_i = exp(s_i)
         G_ij = L_ij u_j . dy_i, the gradient of C_i . B_j                       Z_ij = G_ij (C_i . B_j)
@@ -193,88 +186,63 @@ def ssd_backward_kernel(
         du_j = sum_i L_ij (C_i . B_j) dy_i + w_j dh B_j        dx = dt du + D dy
         dB_j = sum_i G_ij C_i + w_j dh^T u_j                   dC_i = sum_j G_ij B_j + e_i h^T dy_i
 
+    and of a_t = dt_t A, whose exponential all decays from before t to t or later have in them,
+
+        da_t = sum_{i >= t > j} Z_ij + sum_{i >= t} before_i + sum_{j < t} u_j . w_j dh B_j + through
+        ddt_t = A da_t + x_t . du_t
+
     dB and dC are sums over heads: each program adds up the G of its own, and leaves the result in (groups, B, T, N).
-    The products stand transposed, tokens j along rows, so that only the sum of all G is ever turned round. Of each
-    token, rows (3, B, heads, chunks Q) keep sum_i Z_it / dt_t, sum_j Z_tj and x_t . w_t dh B_t for
-    ssd_backward_steps_kernel. Grid (groups of heads, chunks, B).
+    The products stand transposed, tokens j along rows, so that only the sum of all G is ever turned round. What a chunk
+    adds to the gradients of A, the bias and D is in (3, B, chunks, heads). Grid (groups of heads, chunks, B).
     """
     c, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     t, p, n = tl.arange(0, Q), tl.arange(0, BP), tl.arange(0, BN)
     token = (c * Q + t).to(tl.int64)
     at, here = t[:, None] * (heads * P) + p[None, :], (token < T)[:, None] & (p < P)[None, :]
-    size = tl.num_programs(2) * heads * n_chunk * Q
-    B_ptr += b * B_b
-    C_ptr += b * C_b
-    B = load_rows(B_ptr, c * Q, T, B_t, N, Q, BN, DOT)
-    C = load_rows(C_ptr, c * Q, T, C_t, N, Q, BN, DOT)
+    B = load_rows(B_ptr + b * B_b, c * Q, T, B_t, N, Q, BN, DOT)
+    C = load_rows(C_ptr + b * C_b, c * Q, T, C_t, N, Q, BN, DOT)
     BC = tl.where(t[:, None] <= t[None, :], tl.dot(B, C.T, input_precision="ieee"), 0.0)  # (Q, Q): j, i
     G_sum = tl.zeros((Q, Q), tl.float32)
     first = tl.program_id(0) * group
     for head in range(first, tl.minimum(first + group, heads)):
         row = (b * heads + head) * n_chunk * Q + c * Q
-        step, s = tl.load(step_ptr + row + t), tl.load(s_ptr + row + t)
+        step, s, s_last = tl.load(step_ptr + row + t), tl.load(s_ptr + row + t), tl.load(s_ptr + row + Q - 1)
         x = load_rows(x_ptr + b * x_b + head * x_h, c * Q, T, x_t, P, Q, BP, DOT)
         dy = load_rows(dy_ptr + b * dy_b + head * dy_h, c * Q, T, dy_t, P, Q, BP, DOT)
-        du = tl.load(du_ptr + ((b * T + c * Q) * heads + head) * P + at, mask=here, other=0.0).to(tl.float32)
+        chunk = (b * n_chunk + c) * heads + head
+        dh = load_state(dstates_ptr + chunk * (P * N), P, BP, N, BN)
         decay = decays(s[None, :], s[:, None])
         G = tl.dot(x, dy.T, input_precision="ieee") * decay
         G_sum += G * step[:, None]
         M = (BC * decay).to(DOT)
         Z = G * BC
-        tl.store(rows_ptr + row + t, tl.sum(Z, 1))
-        tl.store(rows_ptr + size + row + t, tl.sum(Z * step[:, None], 0))
-        tl.store(rows_ptr + 2 * size + row + t, tl.sum(du * x.to(tl.float32), 1))
+        x_du, y_dy = tl.sum(Z, 1), tl.sum(Z * step[:, None], 0)
+
+        du = tl.dot(B, dh.T, input_precision="ieee") * tl.exp2(s_last - s)[:, None]
+        after = tl.sum(du * x.to(tl.float32), 1)
+        # s is never positive: this is dy, in the registers in which du is
+        dD = tl.sum(tl.where(s_last <= 0.0, dy.to(tl.float32), du) * x.to(tl.float32))
         du = tl.dot(M, dy, du, input_precision="ieee")
         dx = du * step[:, None] + tl.load(D_ptr + head).to(tl.float32) * dy.to(tl.float32)
         tl.store(dx_ptr + ((b * T + c * Q) * heads + head) * P + at, dx.to(dx_ptr.dtype.element_ty), mask=here)
+
+        to_end = y_dy - x_du * step + tl.load(before_ptr + row + t) - after * step
+        da = tl.cumsum(to_end, 0, reverse=True) + tl.sum(after * step) + tl.load(through_ptr + chunk)
+        raw = tl.load(dt_ptr + b * dt_b + token * dt_t + head, mask=token < T, other=0.0).to(tl.float32)
+        ddt = (tl.load(A_ptr + head) * da + x_du + after) * sigmoid(raw + tl.load(bias_ptr + head).to(tl.float32))
+        ddt = tl.where(token < T, ddt, 0.0)
+        tl.store(ddt_ptr + (b * T + token) * heads + head, ddt.to(ddt_ptr.dtype.element_ty), mask=token < T)
+        size = tl.num_programs(2) * n_chunk * heads
+        tl.store(sums_ptr + chunk, tl.sum(da * step))
+        tl.store(sums_ptr + size + chunk, tl.sum(ddt))
+        tl.store(sums_ptr + 2 * size + chunk, dD)
     G = tl.where(t[:, None] <= t[None, :], G_sum, 0.0).to(DOT)
-    dB = tl.dot(G, load_rows(C_ptr, c * Q, T, C_t, N, Q, BN, DOT), input_precision="ieee")  # not kept for so long
-    dC = tl.dot(G.T, load_rows(B_ptr, c * Q, T, B_t, N, Q, BN, DOT), input_precision="ieee")
+    dB = tl.dot(G, C, input_precision="ieee")
+    dC = tl.dot(G.T, B, input_precision="ieee")
     at = ((tl.program_id(0) * tl.num_programs(2) + b) * T + token)[:, None] * N + n[None, :]
     inside = (token < T)[:, None] & (n < N)[None, :]
     tl.store(dB_ptr + at, dB.to(dB_ptr.dtype.element_ty), mask=inside)
     tl.store(dC_ptr + at, dC.to(dC_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def ssd_backward_steps_kernel(
-    dt_ptr, A_ptr, bias_ptr, step_ptr, rows_ptr, before_ptr, x_dy_ptr, through_ptr, ddt_ptr, sums_ptr,
-    T, heads, dt_b, dt_t, Q: tl.constexpr, BH: tl.constexpr,
-):  # fmt: skip
-    """The gradients of dt and of what heads have one number of. Of a_t = dt_t A, whose exponential all decays from
-    before t to t or later have in them (see ssd_backward_kernel for the letters),
-
-        da_t = sum_{i >= t > j} Z_ij + sum_{i >= t} before_i + sum_{j < t} u_j . w_j dh B_j + through
-        ddt_t = A da_t + x_t . du_t
-
-    What a chunk adds to the gradients of A, the bias and D is in (3, B, chunks, heads). Grid (heads / BH, chunks, B).
-    """
-    h = tl.program_id(0) * BH + tl.arange(0, BH)
-    t = tl.program_id(1) * Q + tl.arange(0, Q)
-    b = tl.program_id(2).to(tl.int64)
-    n_chunk, in_h = tl.num_programs(1), (h < heads)[None, :]
-    here = (t < T)[:, None] & in_h
-    at = (b * heads + h)[None, :] * (n_chunk * Q) + t[:, None]
-    size = tl.num_programs(2) * heads * n_chunk * Q
-    step = tl.load(step_ptr + at, mask=in_h, other=0.0)
-    x_du = tl.load(rows_ptr + at, mask=in_h, other=0.0)
-    y_dy = tl.load(rows_ptr + size + at, mask=in_h, other=0.0)
-    after = tl.load(rows_ptr + 2 * size + at, mask=in_h, other=0.0)
-    before = tl.load(before_ptr + at, mask=in_h, other=0.0)
-    chunk = (b * n_chunk + tl.program_id(1)) * heads + h
-    whole = tl.sum(after * step, 0) + tl.load(through_ptr + chunk, mask=h < heads, other=0.0)
-    da = tl.cumsum(y_dy - x_du * step + before - after * step, 0, reverse=True) + whole[None, :]
-    token = t.to(tl.int64)[:, None]
-    raw = tl.load(dt_ptr + b * dt_b + token * dt_t + h[None, :], mask=here, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + h, mask=h < heads, other=0.0).to(tl.float32)
-    A = tl.load(A_ptr + h, mask=h < heads, other=0.0)
-    ddt = tl.where(here, (A[None, :] * da + x_du + after) * sigmoid(raw + bias[None, :]), 0.0)
-    tl.store(ddt_ptr + (b * T + token) * heads + h[None, :], ddt.to(ddt_ptr.dtype.element_ty), mask=here)
-    size_of_sums = tl.num_programs(2) * n_chunk * heads
-    tl.store(sums_ptr + chunk, tl.sum(da * step, 0), mask=h < heads)
-    tl.store(sums_ptr + size_of_sums + chunk, tl.sum(ddt, 0), mask=h < heads)
-    dD = tl.sum(tl.load(x_dy_ptr + at, mask=in_h, other=0.0), 0)
-    tl.store(sums_ptr + 2 * size_of_sums + chunk, dD, mask=h < heads)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -317,21 +285,18 @@ def _steps(dt: Tensor, A: Tensor, dt_bias: Tensor, q: int) -> tuple[Tensor, Tens
     return step, s, n_chunk
 
 
-def _states(x, B, step, s, first, n_chunk, tile, other=None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """States before each chunk, the one at the end, and None. Backwards, with other: the states' gradients after each
-    chunk, the one at the beginning, and what through them comes to u."""
+def _states(x, B, step, s, first, n_chunk, tile, reverse=False) -> tuple[Tensor, Tensor]:
+    """States before each chunk (with reverse, their gradients after it), and the one at the end."""
     (b, t, heads, p), n = x.shape, B.shape[2]
     dtype = torch.bfloat16 if tile["DOT"] == tl.bfloat16 else torch.float32
     states = torch.empty(b, n_chunk, heads, p, n, dtype=dtype, device=x.device)
     last = torch.empty(b, heads, p, n, dtype=torch.float32, device=x.device)
-    du = None if other is None else torch.empty(b, t, heads, p, dtype=dtype, device=x.device)
     tile = tile | dict(BP=min(32, tile["BP"]))
     ssd_states_kernel[(triton.cdiv(p, tile["BP"]), heads, b)](
-        x, B, other, step, s, first, states, last, du, t, heads, n_chunk,
-        *x.stride()[:3], *B.stride()[:2], *(B if other is None else other).stride()[:2],
-        REVERSE=other is not None, **_launch(tile, 4, 3),
+        x, B, step, s, first, states, last, t, heads, n_chunk, *x.stride()[:3], *B.stride()[:2],
+        REVERSE=reverse, **_launch(tile, 4, 3),
     )  # fmt: skip
-    return states, last, du
+    return states, last
 
 
 def _groups(heads: int) -> tuple[int, int]:
@@ -348,7 +313,7 @@ def _ssd_forward(
     x, dt, B, C = map(_dense, (x, dt, B, C))
     tile = _tile(x, B, 128 if large() else 64)
     step, s, n_chunk = _steps(dt, A, dt_bias, tile["Q"])
-    states, last, _ = _states(x, B, step, s, None if state is None else state.contiguous(), n_chunk, tile)
+    states, last = _states(x, B, step, s, None if state is None else state.contiguous(), n_chunk, tile)
     y, (n_group, group) = x.new_empty(b, t, heads, p), _groups(heads)
     ssd_output_kernel[(n_group, n_chunk, b)](
         x, B, C, D, step, s, states, y, t, heads, group, n_chunk, *x.stride()[:3], *B.stride()[:2], *C.stride()[:2],
@@ -373,30 +338,29 @@ def _ssd_backward(
     x, dt, B, C, dy = map(_dense, (x, dt, B, C, dy))
     tile = _tile(x, B, 64)
     step, s, n_chunk = _steps(dt, A, dt_bias, tile["Q"])
-    states, _, _ = _states(x, B, step, s, None if state is None else state.contiguous(), n_chunk, tile)
+    states, _ = _states(x, B, step, s, None if state is None else state.contiguous(), n_chunk, tile)
     dlast = None if dlast is None else dlast.contiguous()
-    dstates, dstate, du = _states(dy, C, step, s, dlast, n_chunk, tile, other=B)
+    dstates, dstate = _states(dy, C, step, s, dlast, n_chunk, tile, reverse=True)
     n_group, group = _groups(heads)
     dx, ddt = x.new_empty(b, t, heads, p), dt.new_empty(b, t, heads)
     # In bfloat16, rounding the sums of a few groups adds as much error as rounding the result. Of each, the first half
     # is the states' part, the second the one within chunks.
     sums = torch.bfloat16 if B.dtype == torch.bfloat16 else torch.float32
     dB, dC = torch.empty(2, 2, n_group, b, t, n, dtype=sums, device=x.device)
-    before, x_dy, rows = torch.empty_like(s), torch.empty_like(s), s.new_empty(3, *s.shape)
-    through, of_heads = s.new_empty(b, n_chunk, heads), s.new_empty(3, b * n_chunk, heads)
+    before, through = torch.empty_like(s), s.new_empty(b, n_chunk, heads)
+    of_heads = s.new_empty(3, b * n_chunk, heads)
     ssd_backward_states_kernel[(n_group, n_chunk, b)](
-        x, C, dy, step, s, states, dstates, before, x_dy, through, dB[0], dC[0], t, heads, group, n_chunk,
+        x, C, dy, step, s, states, dstates, before, through, dB[0], dC[0], t, heads, group, n_chunk,
         *x.stride()[:3], *C.stride()[:2], *dy.stride()[:3],
         **_launch(tile, 4 if large() else 8, 2),
     )  # fmt: skip
     ssd_backward_kernel[(n_group, n_chunk, b)](
-        x, B, C, D, dy, step, s, du, dx, rows, dB[1], dC[1], t, heads, group, n_chunk,
-        *x.stride()[:3], *B.stride()[:2], *C.stride()[:2], *dy.stride()[:3], **_launch(tile, 4, 2),
+        x, dt, A, B, C, D, dt_bias, dy, step, s, dstates, before, through, dx, ddt, dB[1], dC[1], of_heads,
+        t, heads, group, n_chunk,
+        *x.stride()[:3], *dt.stride()[:2], *B.stride()[:2], *C.stride()[:2], *dy.stride()[:3],
+        **_launch(tile, 4, 2),
     )  # fmt: skip
-    ssd_backward_steps_kernel[(triton.cdiv(heads, 16), n_chunk, b)](
-        dt, A, dt_bias, step, rows, before, x_dy, through, ddt, of_heads, t, heads, *dt.stride()[:2], Q=tile["Q"], BH=16
-    )
-    dB, dC = (u.sum((0, 1)) for u in (dB, dC))
+    dB, dC = (u.sum((0, 1)).to(B.dtype) for u in (dB, dC))  # in float32, rounded once
     return dx, ddt, dB, dC, of_heads.sum(1), dstate
 
 
