@@ -1212,8 +1212,8 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, n_me
 #
 # It does a dozen operations a value, so its floor is memory: x in and y out. A program owns a strip of channels and
 # walks down the tokens with the last rows in registers, so each row is read once and no two threads ever share a sum.
-# The next two rows are asked for before this one is used. Strips are cut into runs of tokens to fill the chip; a run
-# reads up to three rows of its neighbours'.
+# The next row is asked for before this one is used. Strips are cut into runs of tokens to fill the chip; a run reads
+# up to three rows of its neighbours'.
 
 RUN, STRIP, STRIP_WARPS = 64, 512, 4
 
@@ -1227,7 +1227,8 @@ def load_tap(weight, cols, D, k: tl.constexpr, K: tl.constexpr):
 @triton.jit
 def load_row(x, t, stride, cols, T, D):
     """Row t of x, zeros outside 0 ... T."""
-    return tl.load(x + tl.cast(t, tl.int64) * stride + cols, mask=(cols < D) & (t >= 0) & (t < T), other=0.0)
+    row = tl.load(x + tl.cast(t, tl.int64) * stride + cols, mask=(cols < D) & (t >= 0) & (t < T), other=0.0)
+    return row.to(tl.float32)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -1241,16 +1242,13 @@ def conv_forward(x, weight, bias, y, T, D, skip, x_b, x_t, K: tl.constexpr, N: t
     w0, w1 = load_tap(weight, cols, D, 0, K), load_tap(weight, cols, D, 1, K)
     w2, w3 = load_tap(weight, cols, D, 2, K), load_tap(weight, cols, D, 3, K)
     c = tl.load(bias + cols, mask=cols < D, other=0.0).to(tl.float32)
-    x3 = load_row(x, first - 3, x_t, cols, T, D).to(tl.float32)
-    x2 = load_row(x, first - 2, x_t, cols, T, D).to(tl.float32)
-    x1 = load_row(x, first - 1, x_t, cols, T, D).to(tl.float32)
-    x0, next_x = load_row(x, first, x_t, cols, T, D), load_row(x, first + 1, x_t, cols, T, D)
+    x3, x2 = load_row(x, first - 3, x_t, cols, T, D), load_row(x, first - 2, x_t, cols, T, D)
+    x1, x0 = load_row(x, first - 1, x_t, cols, T, D), load_row(x, first, x_t, cols, T, D)
     for t in tl.range(first, tl.minimum(first + N, T)):
-        ahead = load_row(x, t + 2, x_t, cols, T, D)
-        now = x0.to(tl.float32)
-        p = c + w0 * x3 + w1 * x2 + w2 * x1 + w3 * now
+        ahead = load_row(x, t + 1, x_t, cols, T, D)
+        p = c + w0 * x3 + w1 * x2 + w2 * x1 + w3 * x0
         tl.store(y + tl.cast(t - skip, tl.int64) * D, (p * tl.sigmoid(p)).to(y.dtype.element_ty), mask=cols < D)
-        x3, x2, x1, x0, next_x = x2, x1, now, next_x, ahead
+        x3, x2, x1, x0 = x2, x1, x0, ahead
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -1272,29 +1270,24 @@ def conv_backward(x, weight, bias, dy, dx, partial, T, D, skip, x_b, x_t, dy_b, 
     w0, w1 = load_tap(weight, cols, D, 0, K), load_tap(weight, cols, D, 1, K)
     w2, w3 = load_tap(weight, cols, D, 2, K), load_tap(weight, cols, D, 3, K)
     c = tl.load(bias + cols, mask=cols < D, other=0.0).to(tl.float32)
-    x3 = load_row(x, first - 3, x_t, cols, T, D).to(tl.float32)
-    x2 = load_row(x, first - 2, x_t, cols, T, D).to(tl.float32)
-    x1 = load_row(x, first - 1, x_t, cols, T, D).to(tl.float32)
-    x0, next_x = load_row(x, first, x_t, cols, T, D), load_row(x, first + 1, x_t, cols, T, D)
-    g0 = load_row(dy, first - skip, dy_t, cols, T - skip, D)
-    next_g = load_row(dy, first + 1 - skip, dy_t, cols, T - skip, D)
+    x3, x2 = load_row(x, first - 3, x_t, cols, T, D), load_row(x, first - 2, x_t, cols, T, D)
+    x1, x0 = load_row(x, first - 1, x_t, cols, T, D), load_row(x, first, x_t, cols, T, D)
+    g = load_row(dy, first - skip, dy_t, cols, T - skip, D)
     zero = tl.zeros((BD,), tl.float32)
     a1, a2, a3 = zero, zero, zero
     d0, d1, d2, d3, dc = zero, zero, zero, zero, zero
     for t in tl.range(first, first + N + 3):
-        ahead_x = load_row(x, t + 2, x_t, cols, T, D)
-        ahead_g = load_row(dy, t + 2 - skip, dy_t, cols, T - skip, D)
-        now = x0.to(tl.float32)
-        p = c + w0 * x3 + w1 * x2 + w2 * x1 + w3 * now
+        ahead_x = load_row(x, t + 1, x_t, cols, T, D)
+        ahead_g = load_row(dy, t + 1 - skip, dy_t, cols, T - skip, D)
+        p = c + w0 * x3 + w1 * x2 + w2 * x1 + w3 * x0
         s = tl.sigmoid(p)
-        g = g0.to(tl.float32) * (s + p * s * (1 - s))
+        g = g * (s + p * s * (1 - s))
         tl.store(dx + tl.cast(t - 3, tl.int64) * D, (a3 + w0 * g).to(dx.dtype.element_ty),
                  mask=(cols < D) & (t >= first + 3) & (t - 3 < T))  # fmt: skip
         a3, a2, a1 = a2 + w1 * g, a1 + w2 * g, w3 * g
         g = tl.where(t < first + N, g, 0.0)  # rows of the next run count for dx, not for the sums
-        d0, d1, d2, d3, dc = d0 + g * x3, d1 + g * x2, d2 + g * x1, d3 + g * now, dc + g
-        x3, x2, x1, x0, next_x = x2, x1, now, next_x, ahead_x
-        g0, next_g = next_g, ahead_g
+        d0, d1, d2, d3, dc = d0 + g * x3, d1 + g * x2, d2 + g * x1, d3 + g * x0, dc + g
+        x3, x2, x1, x0, g = x2, x1, x0, ahead_x, ahead_g
     partial += (b * tl.num_programs(1) + tl.program_id(1)) * 5 * D + cols
     tl.store(partial, d0, mask=cols < D)
     tl.store(partial + D, d1, mask=cols < D)
