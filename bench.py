@@ -322,7 +322,6 @@ def attention_gpu(repeats: int, tokens: list[int]) -> list[dict]:
 def train_worker(config: str, peer: bool, B: int, T: int, steps: int = 12) -> dict:
     """Compile, say ready, wait for a line on stdin, then time forward, backward and step as train.py does them: the
     host runs ahead of the device. Tokens/s, peak memory, and the ten kernels that take the longest."""
-
     file = next((Path(__file__).parent / "config").rglob(f"{config}.py"), f"config/{config}.py")
     _, args = parse([str(file)])
     if peer:
@@ -565,7 +564,6 @@ def run_worker(name: str, spec: dict) -> list[dict]:
 
 
 def decode_gpu(batches: list[int], names: list[str], profile: bool) -> list[dict]:
-
     _, hymba = parse([str(Path(__file__).parent / "config/hymba_1.5b.py")])
     specs = {"Hymba-1.5B": dict(config=hymba | {"block_size": 8192})} | {"Llama-3.2-3B": dict(config=LLAMA_3B)}
     if importlib.util.find_spec("transformers"):

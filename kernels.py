@@ -182,7 +182,8 @@ def scan_segment_kernel(
     HAS_Z: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """What a segment of `length` tokens adds to a zero state, and the sum of its dt. Where B x D is too few programs,
-    T is cut into segments: this pass runs over all of them at once, then each program of the main pass starts from
+    T is cut into segments: this pass runs over all of them at once (REVERSE: over all but the ones that the backward
+    pass takes first), then each program of the main pass starts from
 
         h_start = ... exp(A sum dt_1) (exp(A sum dt_0) h_0 + adds_0) + adds_1 ...
 

@@ -8,8 +8,8 @@ many parameters.
 
 Each run is a train.py of its own, on each GPU one at a time or, where speed is not asked for, two: one starts while the
 other trains. It adds a line to results/runs.jsonl: what was trained, with which flags, code, data and device, and what
-came out. A run that was cut off goes on from its checkpoint in
-out/study/, or starts anew where that is gone. Learning rates are chosen first, for each system by itself.
+came out. A run that was cut off goes on from its checkpoint in out/study/, or starts anew where that is gone. Learning
+rates are chosen first, for each system by itself.
 
 Data: python prepare.py python --site-packages --tokenizer=bpe:16384 --name=study
       python recall.py
@@ -100,6 +100,7 @@ SCALES = {
 EPOCH, TRIAL, RECALL = 97e6, 25e6, 131e6  # tokens of the corpus, of a trial of a learning rate, and of a run of recall
 RATES, RECALL_RATES = (1e-3, 2e-3, 4e-3), (1e-3, 3e-3)
 START, SPEED = 40, 700_000  # of runs that are like none before: seconds before the first step; tokens/s, small scale
+BESIDE = 0.6  # of its speed, what a run keeps beside another on the same GPU
 
 
 def settings(system: str, scale: Scale, match: str = "parameters") -> dict:
@@ -149,8 +150,7 @@ class Plan:
 
     @property
     def shares(self) -> bool:
-        """Whether another run may use the GPU at the same time: the speed of this one is not asked for."""
-        return self.stage in ("rate", "recall") or self.seed > 1
+        return shares(self.stage, self.seed)
 
     @property
     def name(self) -> str:
@@ -163,6 +163,11 @@ class Plan:
         schedule = {"max_steps": steps, "warmup_steps": min(100, steps // 4), "decay_steps": steps // 4}
         rates = {"learning_rate": rate, "min_lr": rate / 100, "seed": self.seed, "eval_interval": steps}
         return settings(self.system, scale, match) | schedule | rates
+
+
+def shares(stage: str, seed: int) -> bool:
+    """Whether another run may use the GPU at the same time: the speed of this one is not asked for."""
+    return stage in ("rate", "recall") or seed > 1
 
 
 def trials(done: dict, system: str) -> tuple[list[float], float]:
@@ -220,10 +225,11 @@ def mean_loss(rows: list[dict]) -> float:
 
 
 def seconds(plan: Plan, done: dict) -> float:
-    """How long a run will take: at the speed of a run of the same system and scale, if there is one."""
-    speeds = [r["tokens_per_s"] for k, r in done.items() if k[:2] == (plan.scale, plan.system) and r["tokens_per_s"]]
+    """How long a run will take, at most: at the speed of a run of the same system and scale, if there is one."""
+    rows = [(key, row["tokens_per_s"]) for key, row in done.items() if key[:2] == (plan.scale, plan.system)]
+    speeds = [speed / (BESIDE if shares(stage, seed) else 1) for (_, _, stage, _, seed), speed in rows if speed]
     guess = SPEED * SCALES["small"].parameters / SCALES[plan.scale].parameters
-    return START + plan.tokens / (max(speeds) if speeds else guess)
+    return START + plan.tokens / (max(speeds) if speeds else guess) / (BESIDE if plan.shares else 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -243,20 +249,23 @@ def read(results: Path) -> dict:
 def train(plan: Plan, env: dict, deadline: float) -> dict | None:
     """Train a plan's model; None if the time ran out first. Of a run that diverged, val_loss is None. Raises
     RuntimeError with what train.py printed if it fails otherwise."""
-    folder, begin = ROOT / "out" / "study" / plan.name, time.monotonic()
+    folder, begin, diverged = ROOT / "out" / "study" / plan.name, time.monotonic(), False
     options = [f"--{name}={value}" for name, value in plan.flags().items()]
-    again = ["--resume=anyway"] if (folder / "last").exists() else ["--overwrite"]
+    last = json.loads(config.read_text()) if (config := folder / "last/config.json").exists() else {}
+    again = ["--resume=anyway"] if last else ["--overwrite"]
     command = [sys.executable, "train.py", "config/study.py", *options, f"--out_dir={folder}", *again]
-    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    timer = threading.Timer(deadline - begin, process.send_signal, [signal.SIGTERM])
-    timer.start()
-    said = process.communicate()[0]
-    timer.cancel()
-    if process.returncode == -signal.SIGTERM:  # before the first step
-        return None
-    diverged = process.returncode and "try a lower learning_rate" in said
-    if process.returncode and not diverged:
-        raise RuntimeError(f"{plan.name}: {said[-2000:]}")
+    if last.get("step") != plan.flags()["max_steps"]:  # else it is trained, and what followed was cut off
+        output = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(command, cwd=ROOT, env=env, **output)
+        timer = threading.Timer(deadline - begin, process.send_signal, [signal.SIGTERM])
+        timer.start()
+        said = process.communicate()[0]
+        timer.cancel()
+        if process.returncode == -signal.SIGTERM:  # before the first step
+            return None
+        diverged = process.returncode and "try a lower learning_rate" in said
+        if process.returncode and not diverged:
+            raise RuntimeError(f"{plan.name}: {said[-2000:]}")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps, last = [r for r in rows if "loss" in r], rows[-1]
     if not diverged and "val_loss" not in last:
@@ -318,7 +327,7 @@ class Driver:
                 done, left = read(self.results), self.deadline - time.monotonic()
                 beside = [plan for plan, where in self.running.items() if where == gpu]
                 new = (p for p in plans(done) if p.learning_rate and p.key not in done and p not in self.running)
-                plan = next((p for p in new if seconds(p, done) * (1 + len(beside)) < left), None)
+                plan = next((p for p in new if seconds(p, done) < left), None)
                 if plan is None or not beside or all(p.shares for p in [plan, *beside]):
                     break
                 self.turn.wait()
@@ -328,7 +337,7 @@ class Driver:
 
     def end(self, plan: Plan, row: dict | None) -> None:
         with self.turn:
-            del self.running[plan]
+            self.running[plan] = -1  # on no GPU; and if it failed, nobody takes it up again
             self.turn.notify_all()
             if row:
                 with naming(self.results), self.results.open("a") as f:
@@ -347,7 +356,7 @@ class Driver:
                     outcome |= measure(plan, env, self.texts)
                 row = {"scale": plan.scale, "system": plan.system, "stage": plan.stage, "tokens": plan.tokens}
                 row |= {"learning_rate": plan.learning_rate, "seed": plan.seed, "flags": plan.flags()}
-                row |= outcome | self.origin | {"device": device, "alone": not plan.shares}
+                row |= outcome | self.origin | {"device": device}
                 print(f"{time.strftime('%H:%M:%S')} {plan.name}: loss {outcome['val_loss']}", flush=True)
             finally:
                 self.end(plan, row)
@@ -358,7 +367,7 @@ def listing(done: dict) -> None:
     total = 0.0
     for plan in plans(done):
         row, took = done.get(plan.key), seconds(plan, done)
-        total += 0 if row else took
+        total += 0 if row else took / (2 if plan.shares else 1)
         what = (
             f"missing, {took / 60:.1f} min"
             if not row
@@ -396,7 +405,8 @@ def main(argv: list[str]) -> None:
         if not (commit := args.commit or asked.stdout.strip()):
             raise ValueError("git does not know this folder: say which code runs, --commit=NAME")
         driver = Driver(results, deadline, commit, args.text)
-        gpus = 2 * list(range(torch.cuda.device_count())) or [None]
+        memory = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
+        gpus = [i for i, size in enumerate(memory) for _ in range(2 if size > 40e9 else 1)] or [None]
         with ThreadPoolExecutor(len(gpus)) as pool:
             list(pool.map(driver.work, gpus))
     if args.list:

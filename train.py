@@ -116,7 +116,7 @@ class Run:
             shape = len(pieces[0]), pieces[0].shape[1] - 1
             if self.graphs is None or self.graphs.idx.shape != shape:
                 self.graphs = None  # frees its memory
-                self.graphs = StepGraphs(self.model, *shape, len(pieces), self.early)
+                self.graphs, self.early = StepGraphs(self.model, *shape, len(pieces), self.early), ()
             self.graphs.zero_gradients()
             for piece in pieces:
                 loss += self.graphs.loss(piece, backward=True)

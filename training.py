@@ -129,10 +129,10 @@ class StepGraphs:
         stream = torch.cuda.Stream()  # capturing asks for another than the default one
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(2):  # compiles everything, and leaves no first time to the graph
-                mean_loss(model, self.idx, self.targets).backward()
-                for job in busy:
-                    job.result()
+            mean_loss(model, self.idx, self.targets).backward()  # compiles everything
+            for job in busy:
+                job.result()
+            mean_loss(model, self.idx, self.targets).backward()  # leaves no first time to the graph
         torch.cuda.current_stream().wait_stream(stream)
         for p in self.parameters:
             p.grad = torch.zeros_like(p) if pieces > 1 else None

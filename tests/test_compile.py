@@ -1,4 +1,4 @@
-"""Every kernel compiles for GPUs that need not be here, fits into their shared memory, and spills no registers."""
+"""Every kernel compiles for GPUs that need not be here, fits into their shared memory, and spills little."""
 
 import json
 import os

@@ -85,6 +85,8 @@ def test_scan_legs(n_program):
         n_part = -(-T // (length * n_leg))
         assert n_part <= 128 and n_program * (n_part - 1) < 1056 and 1 <= n_leg <= 16
         assert n_leg == 1 or n_program * n_part > 1056
+    cuts = {(1600, 2176): (7, 320), (2048, 2176): (1, 2176), (400, 8320): (7, 416), (200, 65536): (7, 1568)}
+    assert {size: kernels._legs(*size, 8) for size in cuts} == cuts  # an H100 at the shapes of bench.py
 
 
 @on_device

@@ -1,5 +1,7 @@
 """What a training step is made of: schedules, windows of tokens, which weights decay; CUDA graphs (on a GPU)."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ import ops
 import training
 from conftest import SMALL, error, needs_gpu, small, tokens
 from flags import TrainConfig
-from model import Hymba, HymbaConfig
+from model import Hymba, HymbaConfig, causal_conv
 
 
 def test_schedules():
@@ -50,7 +52,9 @@ def test_step_graphs_are_the_model(pieces):
     model, plain, exact = (small("HhhhH", n_embd=64, n_head=2, n_kv_head=1, window=16).cuda() for _ in range(3))
     exact = exact.double()
     training.compile_blocks(model)
-    graphs, rng = training.StepGraphs(model, 4, 24, pieces), np.random.default_rng(0)
+    with ThreadPoolExecutor() as pool:  # something that uses the GPU, which has to end before capturing
+        busy = [pool.submit(lambda: [torch.ones(8, device="cuda").cpu() for _ in range(10_000)])]
+        graphs, rng = training.StepGraphs(model, 4, 24, pieces, busy), np.random.default_rng(0)
     for _ in range(2):
         batch = rng.integers(0, 61, (pieces, 4, 25))
         graphs.zero_gradients()
@@ -78,10 +82,18 @@ def test_kernels_compiled_ahead_are_the_ones_that_run(ssm, monkeypatch):
 
     ops.use_kernels(True)
     config = HymbaConfig(**(SMALL | dict(pattern="HhhM", n_embd=96, n_head=3, n_kv_head=1, ssm=ssm)))
+    torch.manual_seed(0)
+    expected = Hymba(config)
+    torch.manual_seed(0)
     for job in training.compile_kernels(config, 2, 24, torch.device("cuda")):
         job.result()
+    model = Hymba(config)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
     compiled = []
     monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda fn, **_: compiled.append(fn.name))
     idx = tokens(2, 24).cuda()
-    training.mean_loss(Hymba(config).cuda(), idx, idx).backward()
+    training.mean_loss(model.cuda(), idx, idx).backward()
     assert {name.split(".")[-1] for name in compiled} <= {"cross_entropy_row"}
+    compiled.clear()
+    causal_conv(*(torch.randn(*shape, device="cuda") for shape in ((2, 9, 7), (7, 3), (7,))))  # not of this model
+    assert [name.split(".")[-1] for name in compiled] == ["conv_forward"]
