@@ -5,6 +5,7 @@ one line of whatever goes wrong.
 """
 
 import argparse
+import atexit
 import difflib
 import inspect
 import os
@@ -259,6 +260,8 @@ def run(script: str, main: Callable[[list[str]], None], lower: str = "") -> None
             status, message = 1, "another process of this run has ended, and says why"
         else:
             raise
+    finally:
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while Python ends ends it, silently
     if os.environ.get("RANK", "0") != "0":
         time.sleep(5)  # process 0 says the same, and then torchrun ends this one
     message = " ".join(message.split())

@@ -108,6 +108,9 @@ def test_ctrl_c_in_the_first_seconds(name):
         assert process.returncode in (0, 130, -signal.SIGINT), err
         if seconds > 0.5:  # Python itself has started
             assert "Traceback" not in err
+    late = "import atexit, signal, flags; atexit.register(signal.raise_signal, 2); flags.run('x', lambda argv: None)"
+    done = subprocess.run([sys.executable, "-c", late], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGINT and done.stderr == ""  # and in the last ones
 
 
 @pytest.mark.skipif(os.name == "nt", reason="there is no such shell")
