@@ -251,10 +251,10 @@ def train(plan: Plan, env: dict, deadline: float) -> dict | None:
     RuntimeError with what train.py printed if it fails otherwise."""
     folder, begin, diverged = ROOT / "out" / "study" / plan.name, time.monotonic(), False
     options = [f"--{name}={value}" for name, value in plan.flags().items()]
-    last = json.loads(config.read_text()) if (config := folder / "last/config.json").exists() else {}
-    again = ["--resume=anyway"] if last else ["--overwrite"]
+    saved = json.loads(config.read_text()) if (config := folder / "last/config.json").exists() else {}
+    again = ["--resume=anyway"] if saved else ["--overwrite"]
     command = [sys.executable, "train.py", "config/study.py", *options, f"--out_dir={folder}", *again]
-    if last.get("step") != plan.flags()["max_steps"]:  # else it is trained, and what followed was cut off
+    if saved.get("step") != plan.flags()["max_steps"]:  # else it is trained, and what followed was cut off
         output = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         process = subprocess.Popen(command, cwd=ROOT, env=env, **output)
         timer = threading.Timer(deadline - begin, process.send_signal, [signal.SIGTERM])
