@@ -518,7 +518,7 @@ def test_kills_of_prepare(tmp_path):
     command = [sys.executable, str(ROOT / "prepare.py"), str(tmp_path / "new.txt"), "--name=x", "--overwrite"]
     for _ in range(4):
         process = subprocess.Popen([*command, f"--data_dir={data}"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        wait_for((data / "x~new").exists, process)
+        wait_for(lambda process=process: (data / "x~new").exists() or process.poll() is not None, process)
         time.sleep(rng.random() / 4)
         process.kill()
         process.communicate()

@@ -9,10 +9,8 @@ import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -574,14 +572,16 @@ def test_prepare_command_line(tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows ends processes without a signal they could handle")
-def test_prepare_killed_leaves_nothing(tmp_path):
-    write_documents(tmp_path / "in", [f"{i} {UNICODE}" * 20_000 for i in range(20)])
-    args = [sys.executable, str(ROOT / "prepare.py"), "in", "--name=mine"]
-    process = subprocess.Popen(args, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    deadline = time.time() + 30
-    while not list(tmp_path.glob("data/mine~new/text")) and process.poll() is None and time.time() < deadline:
-        time.sleep(0.001)
-    process.send_signal(signal.SIGTERM)
-    stderr = process.communicate(timeout=30)[1]
-    assert process.returncode == 130 and stderr.endswith("prepare.py: interrupted, nothing was written\n")
-    assert "Traceback" not in stderr and not list((tmp_path / "data").iterdir())
+@pytest.mark.parametrize("step", ["read_all", "split_documents", "write_tokens"])
+def test_prepare_killed_leaves_nothing(step, tmp_path):
+    """SIGTERM comes as a step begins."""
+    (tmp_path / "in.txt").write_text("some text\nand more\n" * 9)
+    code = f"""if True:
+        import signal, flags, prepare
+        step = prepare.{step}
+        prepare.{step} = lambda *args: (signal.raise_signal(signal.SIGTERM), step(*args))[1]
+        flags.run("prepare.py", prepare.main)"""
+    args = [sys.executable, "-c", code, str(tmp_path / "in.txt"), "--name=mine", f"--data_dir={tmp_path / 'data'}"]
+    done = subprocess.run(args, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130 and done.stderr.endswith("prepare.py: interrupted, nothing was written\n")
+    assert "Traceback" not in done.stderr and not list((tmp_path / "data").iterdir())
