@@ -51,6 +51,7 @@ import torch.nn.functional as F
 import checkpoint
 import cost
 import ops
+import pictures
 import training
 from engine import Cache, Engine, TokenLoop
 from files import read_json
@@ -663,10 +664,7 @@ def scan_cpu(repeats: int, loop: bool) -> list[dict]:
 def plot(files: list[str]) -> None:
     """Time against size, log-log: ours and peers as lines, floors dashed. Of training: tokens/s and memory as bars. Of
     sweeps: speed against cache."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise ValueError("plot needs matplotlib: pip install matplotlib") from None
+    plt = pictures.pyplot("plot", needed=True)
     draw = {"scan": plot_times, "attention": plot_times, "train": plot_bars, "sweep": plot_sweep}
     for file in files:
         result = read_json(Path(file), {"what": str, "device": str, "rows": list})

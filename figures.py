@@ -6,6 +6,7 @@ import statistics
 from pathlib import Path
 
 import cost
+import pictures
 from files import naming
 from model import HymbaConfig
 from study import MAIN, RECALL_RATES, SYSTEMS, TRIAL, config_fields, mean_loss, ranking, trials
@@ -153,13 +154,7 @@ PICTURES = {
 def main(done: dict, folder: Path) -> None:
     """Print the table, and draw every picture into folder."""
     print(table(done))
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise ValueError("pictures need matplotlib: pip install matplotlib") from None
+    plt = pictures.pyplot("--figures", needed=True)
     for name, draw in PICTURES.items():
         fig, ax = plt.subplots(figsize=(7.5, max(4.5, 0.25 * len(SYSTEMS))))
         draw(ax, done)

@@ -11,22 +11,25 @@ from pathlib import Path
 import numpy as np
 
 
-def pyplot(picture: Path):
-    """matplotlib.pyplot, which needs no display; or None, having said what to install, where it is missing."""
+def pyplot(pictures: str, needed: bool = False):
+    """matplotlib.pyplot, which needs no display. Where it is missing, says what to install for which pictures: prints
+    it and returns None, or if they are needed, raises ValueError."""
     try:
         import matplotlib
 
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
     except ImportError:
-        print(f"no {picture.name}: pip install matplotlib to get one")
+        if needed:
+            raise ValueError(f"{pictures} needs matplotlib: pip install matplotlib") from None
+        print(f"no {pictures}: pip install matplotlib to get one")
         return None
     return plt
 
 
 def plot_loss(metrics: Path, picture: Path) -> None:
     """Training and validation loss against the step, from the JSON lines, if matplotlib is there."""
-    if not (plt := pyplot(picture)):
+    if not (plt := pyplot(picture.name)):
         return
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     plt.figure(figsize=(7, 4))
@@ -42,7 +45,7 @@ def show(task: str, models: dict[str, dict], picture: Path) -> None:
     """Print the table, and draw the picture if matplotlib is there."""
     rows_of, draw = SHOWN[task]
     print_table([{"model": name} | row for name, r in models.items() for row in rows_of(r)])
-    if plt := pyplot(picture):
+    if plt := pyplot(picture.name):
         draw(plt, models)
         plt.tight_layout()
         plt.savefig(picture, dpi=120)

@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 
 import cost
 import model as model_module
-import train
 import training
 from conftest import (
     LETTERS,
@@ -43,6 +42,7 @@ from conftest import (
     tokens,
 )
 from engine import Engine
+from flags import TrainConfig, parse
 from model import Hymba, HymbaConfig
 
 ROOT = Path(__file__).parent
@@ -55,7 +55,7 @@ def test_check_figures():
     """Parameters and groups of the family, worked out by hand from the paper's table of sizes."""
     family = {"hymba_125m": 129_944_064, "hymba_350m": 353_701_888, "hymba_1.5b": 1_522_797_824}
     for name, params in family.items():
-        _, args = train.parse([str(ROOT / f"config/{name}.py")])
+        _, args = parse([str(ROOT / f"config/{name}.py")])
         with torch.device("meta"):
             model = Hymba(HymbaConfig(**args, vocab_size=32001))
         assert model.num_params() == params
@@ -389,7 +389,7 @@ def test_untied_output_layer():
     assert next(model.generate(idx[0].tolist(), 1, temperature=0)) == logits[0, -1].argmax().item()
     assert model.num_params() == tied.num_params() + 61 * 32
     assert cost.flops_per_token(model) == cost.flops_per_token(tied)
-    groups = training.optimizer_for(model, train.TrainConfig()).param_groups
+    groups = training.optimizer_for(model, TrainConfig()).param_groups
     assert any(p is model.lm_head for p in groups[1]["params"])
 
 

@@ -20,6 +20,7 @@ import train
 import training
 from conftest import dense_attention, error, scan_loop, small, tokens
 from engine import Engine
+from flags import TrainConfig, parse
 from model import Hymba, HymbaConfig
 
 ROOT = Path(train.__file__).parent
@@ -67,7 +68,7 @@ def test_cast_keeps_what_must_be_float32():
 
 def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     model = small("M")
-    optimizer = training.optimizer_for(model, train.TrainConfig())
+    optimizer = training.optimizer_for(model, TrainConfig())
     model(tokens(1, 5), tokens(1, 5)).backward()
     optimizer.step()
     folder = tmp_path / "last"
@@ -175,7 +176,7 @@ def test_released_hymba_1_5b_has_exactly_the_published_tensors():
         num_memory_tokens=128, sliding_window=1024, global_attn_idx=[0, 15, 31], kv_reuse_group=sorted(groups),
         orig_max_position_embeddings=2048, max_position_embeddings=8192)  # fmt: skip
     config = HymbaConfig(**checkpoint.released_config(c))
-    _, args = train.parse([str(ROOT / "config/hymba_1.5b.py")])
+    _, args = parse([str(ROOT / "config/hymba_1.5b.py")])
     expected = asdict(HymbaConfig(**args, vocab_size=32001)) | dict(window=1025, block_size=8192, rope_orig=2048)
     assert asdict(config) == expected
     with torch.device("meta"):

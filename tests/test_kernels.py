@@ -10,7 +10,6 @@ import torch.nn.functional as F
 
 import model as model_module
 import ops
-import train
 import training
 from conftest import (
     BOUNDS,
@@ -30,6 +29,7 @@ from conftest import (
     tokens,
 )
 from engine import Engine
+from flags import TrainConfig
 from model import Hymba, HymbaConfig, causal_conv, linear_cross_entropy, selective_scan
 
 if TRITON:
@@ -358,7 +358,7 @@ def test_training_with_kernels_on_and_off(ssm):
         ops.use_kernels(on)
         torch.manual_seed(0)
         model = Hymba(HymbaConfig(**(SMALL | dict(pattern="HhhH", n_embd=64, ssm=ssm)))).cuda()
-        optimizer = training.optimizer_for(model, train.TrainConfig())
+        optimizer = training.optimizer_for(model, TrainConfig())
         data, out = tokens(3000).cuda() // 8, []
         for step in range(200):
             at = (torch.arange(8)[:, None] * 331 + step * 13 + torch.arange(33)) % 3000

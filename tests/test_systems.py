@@ -13,6 +13,7 @@ import train
 import training
 from conftest import error, on_device, small, tokens
 from engine import Engine
+from flags import TrainConfig
 from model import Hymba, HymbaConfig
 
 TOY = dict(n_layer=4, n_embd=32, n_head=4, n_kv_head=2, n_hidden=24)
@@ -81,9 +82,7 @@ def test_experts_resume_to_the_bit(corpus, tmp_path, monkeypatch):
 
 def test_weight_decay_reaches_experts():
     model = Hymba(HymbaConfig(pattern="M", n_embd=16, n_head=1, n_kv_head=1, n_hidden=8, n_expert=2, vocab_size=9))
-    decay, rest = (
-        {id(p) for p in g["params"]} for g in training.optimizer_for(model, train.TrainConfig()).param_groups
-    )
+    decay, rest = ({id(p) for p in g["params"]} for g in training.optimizer_for(model, TrainConfig()).param_groups)
     ffn = model.blocks[0].ffn
     assert {id(p) for p in ffn.parameters()} <= decay and id(model.embed.weight) in rest
     assert len(decay) + len(rest) == len(list(model.parameters()))

@@ -16,6 +16,7 @@ import files
 import ops
 import prepare
 import train
+from flags import TrainConfig, parse
 from model import Hymba, HymbaConfig
 
 
@@ -210,7 +211,7 @@ def test_an_environment_that_torchrun_did_not_make(rank, world, monkeypatch):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", world)
     with pytest.raises(ValueError, match=f"RANK={rank}, WORLD_SIZE={world} in the environment: unset both"):
-        train.start_process(train.TrainConfig())
+        train.start_process(TrainConfig())
 
 
 def test_config_names_the_command_of_its_data(tmp_path, monkeypatch):
@@ -259,7 +260,7 @@ def test_annealing_and_length_curriculum(corpus, tmp_path):
     (tmp_path / "data/other/tokenizer.tiktoken").write_text("IQ== 0")
     with pytest.raises(ValueError, match="words and other have different tokenizers"):
         train_here(corpus, f"--out_dir={tmp_path / 'x'}", f"--data_dir={tmp_path / 'data'}", *flags[:2])
-    cfg, _ = train.parse(["--length_stages=24:16,48:8", "--max_steps=24", "--batch_size=2"])
+    cfg, _ = parse(["--length_stages=24:16,48:8", "--max_steps=24", "--batch_size=2"])
     assert train.parse_stages(cfg, 24) == [(0, 24), (16, 48)]
     wrong = {"24:16,48:9": "is 25 steps, but max_steps=24", "24:16,36:8": "do not divide", "x": "write"}
     for stages, message in wrong.items():
@@ -270,7 +271,7 @@ def test_annealing_and_length_curriculum(corpus, tmp_path):
 
 def test_no_more_validation_sequences_than_there_are(corpus, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    cfg, args = train.parse([*TINY, f"--data_dir={corpus / 'data'}", "--eval_windows=16777216", "--max_steps=1"])
+    cfg, args = parse([*TINY, f"--data_dir={corpus / 'data'}", "--eval_windows=16777216", "--max_steps=1"])
     data = train.open_data(cfg, 0, 1)
     config, stages = train.configure(cfg, args, data)
     data.val = data.val[:30]  # six sequences of 24 + 1
@@ -343,22 +344,22 @@ def test_training_errors_of_data_and_disk(corpus, tmp_path, monkeypatch):
 def test_config_file_and_command_line(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text('"""doc"""\nn_layer = 4\nlearning_rate = 1\nbatch_size = 3\n')
-    cfg, args = train.parse([str(file), "--batch_size=5", "--pattern=HhhhHhhhH", "--resume"])
+    cfg, args = parse([str(file), "--batch_size=5", "--pattern=HhhhHhhhH", "--resume"])
     assert (cfg.learning_rate, cfg.batch_size, cfg.out_dir, cfg.resume) == (1.0, 5, "out/mine", "True")
     assert HymbaConfig(**args).pattern == "HhhhHhhhH"  # a pattern on the command line replaces the file's n_layer
-    assert HymbaConfig(**train.parse([str(file)])[1]).pattern == "HHhH"
+    assert HymbaConfig(**parse([str(file)])[1]).pattern == "HHhH"
     file.write_text("n_layers = 4\n")
     with pytest.raises(ValueError, match="unknown flag 'n_layers': did you mean n_layer?"):
-        train.parse([str(file)])
+        parse([str(file)])
     file.write_text("n_layer = 4.5\n")
     with pytest.raises(ValueError, match="n_layer=4.5: must be int"):
-        train.parse([str(file)])
+        parse([str(file)])
 
 
 def test_kernels_are_a_flag(kernels_on):
-    train.start_process(train.TrainConfig(device="cpu"))
+    train.start_process(TrainConfig(device="cpu"))
     assert ops.KERNELS == ops.ALL_KERNELS
-    train.start_process(train.TrainConfig(device="cpu", kernels=False))
+    train.start_process(TrainConfig(device="cpu", kernels=False))
     assert not ops.KERNELS
 
 
