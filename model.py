@@ -530,7 +530,7 @@ class Mixer(nn.Module):
         """x (B, T, C) -> (B, T, C), and the keys and values that the blocks of its group read."""
         parts = self.in_proj(x).split(self.sizes, dim=-1)
         if self.attn:
-            y, kv = self.attn(parts[:3], rope, kv, cache)  # (B, T, H F)
+            y, kv = self.attn(parts[:3], rope, kv, cache)  # of q, k, v: (B, T, H F)
         if self.ssm:
             s = self.ssm(parts[3:] if self.attn else parts, cache)  # (B, T, D)
             y = fuse(y, s, self.attn_branch_norm, self.ssm_branch_norm, self.fusion) if self.attn else s

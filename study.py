@@ -368,13 +368,8 @@ def listing(done: dict) -> None:
     for plan in plans(done):
         row, took = done.get(plan.key), seconds(plan, done)
         total += 0 if row else took / (2 if plan.shares else 1)
-        what = (
-            f"missing, {took / 60:.1f} min"
-            if not row
-            else f"loss {row['val_loss']:.4f}"
-            if row["val_loss"]
-            else "diverged"
-        )
+        loss = f"loss {row['val_loss']:.4f}" if row and row["val_loss"] else "diverged"
+        what = loss if row else f"missing, {took / 60:.1f} min"
         print(f"{plan.name:42} {what}")
     print(f"missing: {total / 3600:.1f} hours on one GPU")
 
