@@ -98,7 +98,7 @@ SCALES = {
     "recall": Scale(1_100_000, SHARED | dict(zip(SIZES, (4, 128, 4, 2, 1024, 64, 64), strict=True)) | RECORDS),
 }
 EPOCH, TRIAL, RECALL = 97e6, 25e6, 131e6  # tokens of the corpus, of a trial of a learning rate, and of a run of recall
-RATES, RECALL_RATES = (1e-3, 2e-3, 4e-3), (1e-3, 3e-3)
+RATES, RECALL_RATES = (2e-3, 4e-3, 8e-3), (1e-3, 3e-3)
 START, SPEED = 40, 700_000  # of runs that are like none before: seconds before the first step; tokens/s, small scale
 BESIDE = 0.6  # of its speed, what a run keeps beside another on the same GPU
 
