@@ -12,6 +12,7 @@ Letters: B batch, T tokens (queries), S keys, D inner width (channels), N SSM st
 R = H / G query heads per key/value head, E query/key head size, F value head size, M meta tokens, W window, K taps.
 """
 
+import functools
 import math
 import os
 
@@ -34,6 +35,11 @@ def capability(device: int | None = None) -> int:
     """Of a GPU, ten times: 80 is an A100, 86 a 3090, 89 a 4090 or L4, 90 an H100, 100 a B200, 120 a 5090."""
     if OVERRIDE or INTERPRET.value:
         return OVERRIDE or 90
+    return capability_of(torch.cuda.current_device() if device is None else device)
+
+
+@functools.cache  # asking takes longer than a launch
+def capability_of(device: int) -> int:
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 

@@ -6,7 +6,7 @@ many parameters.
     python study.py --minutes=9        # run what is missing, the most important first, for so long
     python study.py --figures          # tables and pictures of what is done
 
-Each run is a train.py of its own, on each GPU one at a time or, where speed is not asked for, two: one starts while the
+Each run is a train.py of its own, on each GPU one at a time while its speed is taken, else two: one starts while the
 other trains. It adds a line to results/runs.jsonl: what was trained, with which flags, code, data and device, and what
 came out. A run that was cut off goes on from its checkpoint in out/study/, or starts anew where that is gone. Learning
 rates are chosen first, for each system by itself.
@@ -176,15 +176,14 @@ def trials(done: dict, system: str) -> tuple[list[float], float]:
     A best rate at the edge asks for its neighbour, half or twice as large, up to three times.
     """
     rates = list(RATES)
-    for _ in range(4):
+    while True:
         rows = [done.get(("small", system, "rate", rate, 1)) for rate in rates]
         if None in rows:
             return rates, 0.0
         best = min(zip(rates, rows, strict=True), key=lambda pair: pair[1]["val_loss"] or math.inf)[0]
-        if best not in (rates[0], rates[-1]):
-            break
+        if best not in (rates[0], rates[-1]) or len(rates) == len(RATES) + 3:
+            return rates, best
         rates = [best / 2, *rates] if best == rates[0] else [*rates, 2 * best]
-    return rates, best
 
 
 def plans(done: dict) -> Iterator[Plan]:
@@ -276,9 +275,17 @@ def train(plan: Plan, env: dict, deadline: float) -> dict | None:
             "seconds": round(time.monotonic() - begin), "curve": curve}  # fmt: skip
 
 
-def measure(plan: Plan, env: dict, texts: list[str]) -> dict:
-    """What else is known of a trained model: of recall, accuracies; of text, losses by position, the needle, and the
-    speed of decoding 64 sequences of 8,192 tokens."""
+def decode_speed(plan: Plan, env: dict) -> float:
+    """Tokens/s in 64 sequences, after 8,192 tokens of each."""
+    fields = config_fields(plan.flags()) | {"block_size": 8192}
+    spec = {"batch": 64, "contexts": [8192], "config": fields, "prefill": False}
+    command = [sys.executable, "bench.py", "decode", f"--worker={json.dumps(spec)}"]
+    said = subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True, text=True).stdout
+    return json.loads(said.splitlines()[-1])[0]["tokens_per_s"]
+
+
+def measure(plan: Plan, env: dict, texts: list[Path]) -> dict:
+    """What else is known of a trained model: of recall, accuracies; of text, losses by position and the needle."""
     folder = ROOT / "out" / "study" / plan.name
 
     def evaluate(task: str, *options: str) -> dict:
@@ -298,21 +305,16 @@ def measure(plan: Plan, env: dict, texts: list[str]) -> dict:
     }
     if texts:
         result["texts"] = evaluate("loss", *(f"--text={text}" for text in texts))["texts"]
-    if torch.cuda.is_available():
-        fields = config_fields(plan.flags()) | {"block_size": 8192}
-        spec = {"batch": 64, "contexts": [8192], "config": fields, "prefill": False}
-        command = [sys.executable, "bench.py", "decode", f"--worker={json.dumps(spec)}"]
-        said = subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True, text=True).stdout
-        result["decode_tokens_per_s"] = json.loads(said.splitlines()[-1])[0]["tokens_per_s"]
     return result
 
 
 class Driver:
     """Runs what is missing until the deadline, and appends what came out to results."""
 
-    def __init__(self, results: Path, deadline: float, commit: str, texts: list[str]):
+    def __init__(self, results: Path, deadline: float, commit: str, texts: list[Path]):
         self.results, self.deadline, self.texts = results, deadline, texts
         self.running: dict[Plan, int | None] = {}  # on which GPU
+        self.timed: set[Plan] = set()  # of these, the ones whose speed is being taken
         self.turn = threading.Condition()  # holds what is running and the file of results
         self.origin = {"commit": commit, "torch": torch.__version__}
         for flags in (scale.flags for scale in SCALES.values()):
@@ -321,24 +323,31 @@ class Driver:
 
     def next(self, gpu: int | None) -> Plan | None:
         """The first plan that is not done, is not being run, has a rate, and will end in time, once the GPU has room
-        for it: for one run that is timed, or for two that are not."""
+        for it: for one run that is timed, or for two that are not, or no longer."""
         with self.turn:
             while True:
                 done, left = read(self.results), self.deadline - time.monotonic()
                 beside = [plan for plan, where in self.running.items() if where == gpu]
                 new = (p for p in plans(done) if p.learning_rate and p.key not in done and p not in self.running)
                 plan = next((p for p in new if seconds(p, done) < left), None)
-                if plan is None or not beside or all(p.shares for p in [plan, *beside]):
+                if plan is None or not beside or (plan.shares and not self.timed & set(beside)):
                     break
                 self.turn.wait()
             if plan:
                 self.running[plan] = gpu
+                self.timed |= set() if plan.shares else {plan}
             return plan
+
+    def make_room(self, plan: Plan) -> None:
+        """Let another run begin on the plan's GPU."""
+        with self.turn:
+            self.timed.discard(plan)
+            self.turn.notify_all()
 
     def end(self, plan: Plan, row: dict | None) -> None:
         with self.turn:
             self.running[plan] = -1  # on no GPU; and if it failed, nobody takes it up again
-            self.turn.notify_all()
+            self.make_room(plan)
             if row:
                 with naming(self.results), self.results.open("a") as f:
                     f.write(json.dumps(row) + "\n")
@@ -353,6 +362,9 @@ class Driver:
                 if (outcome := train(plan, env, self.deadline)) is None:
                     return
                 if outcome["val_loss"] is not None:
+                    if not plan.shares and gpu is not None:
+                        outcome["decode_tokens_per_s"] = decode_speed(plan, env)
+                    self.make_room(plan)
                     outcome |= measure(plan, env, self.texts)
                 row = {"scale": plan.scale, "system": plan.system, "stage": plan.stage, "tokens": plan.tokens}
                 row |= {"learning_rate": plan.learning_rate, "seed": plan.seed, "flags": plan.flags()}
@@ -380,15 +392,16 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--list", action="store_true", help="what is done, and what is missing")
     parser.add_argument("--figures", action="store_true", help="print the tables and draw the pictures")
     parser.add_argument("--results", type=Path, default=Path("results"), help="the folder of runs.jsonl [results]")
-    parser.add_argument(
-        "--text", action="append", default=[], help="a file to measure the loss on, too; can be repeated"
-    )
+    text = "a file to measure the loss on, too; can be repeated"
+    parser.add_argument("--text", action="append", type=Path, default=[], help=text)
     parser.add_argument("--commit", help="of the code that runs [what git says]")
     args = parser.parse_args(argv)
     if not (args.list or args.figures or args.minutes):
         raise ValueError("nothing to do: give --list, --minutes=9 or --figures")
     if args.minutes is not None and not 0 < args.minutes <= 1e5:
         raise ValueError(f"--minutes={args.minutes:g}: must be more than 0, and 100,000 or less")
+    if missing := [path for path in args.text if not path.exists()]:
+        raise FileNotFoundError(f"no file or folder {missing[0]}")
     check_folders(args.results)
     results = args.results / "runs.jsonl"
     if args.figures and not args.minutes and not results.exists():

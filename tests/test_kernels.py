@@ -244,12 +244,12 @@ def test_kernels_between_products(case, dtype, device, poisoned):
 @needs_triton
 @pytest.mark.parametrize(
     "capability, hip, expected",
-    [((9, 0), None, True), ((8, 0), None, True), ((7, 5), None, False), ((9, 4), "6.4", False)],
+    [(90, None, True), (80, None, True), (75, None, False), (94, "6.4", False)],
 )
 def test_gpus_that_the_kernels_run_on(capability, hip, expected, monkeypatch):
     monkeypatch.setattr(kernels, "INTERPRET", kernels.tl.constexpr(False))
     monkeypatch.setattr(kernels, "OVERRIDE", 0)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(kernels, "capability_of", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
     x = types.SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0), dtype=torch.bfloat16)
     assert kernels.usable(x) == expected

@@ -88,8 +88,8 @@ def test_a_run_is_recorded_and_goes_on(toy, tmp_path, monkeypatch):
 
 
 def test_timed_runs_have_the_gpu_for_themselves(toy, tmp_path, monkeypatch):
-    """Two at a time where speed is not asked for, in the order of the plans, each once; and a run that fails frees its
-    place."""
+    """Two at a time where speed is not asked for, or no longer, in the order of the plans, each once; and a run that
+    fails frees its place."""
     new = lambda stage, rate: study.Plan("hymba", "small", stage, 2048, rate)  # noqa: E731
     order = [
         new("rate", 1.0),
@@ -99,7 +99,7 @@ def test_timed_runs_have_the_gpu_for_themselves(toy, tmp_path, monkeypatch):
         new("recall", 5.0),
         new("epoch", 6.0),
     ]
-    at_once, most, lock, together = [], {}, threading.Lock(), threading.Barrier(2)
+    at_once, most, lock, together, begun = [], {}, threading.Lock(), threading.Barrier(2), threading.Event()
 
     def train(plan, env, deadline):
         with lock:
@@ -107,17 +107,28 @@ def test_timed_runs_have_the_gpu_for_themselves(toy, tmp_path, monkeypatch):
             for p in at_once:
                 most[p] = max(most.get(p, 0), len(at_once))
         if plan.stage == "epoch":
-            time.sleep(0.3)  # another would begin beside it
-        else:
-            together.wait(60)
+            return {"val_loss": 1.0, "tokens_per_s": 1e6}
+        if plan.learning_rate == 4.0:
+            begun.set()
+        together.wait(60)
         with lock:
             at_once.remove(plan)
         if plan.learning_rate == 5.0:
             raise RuntimeError("hymba: out of memory")
         return {"val_loss": 1.0, "tokens_per_s": 1e6}
 
-    monkeypatch.setattr(study, "train", train)
-    monkeypatch.setattr(study, "measure", lambda *args: {})
+    def decode_speed(plan, env):
+        time.sleep(0.3)  # another would begin beside it
+        with lock:
+            at_once.remove(plan)
+        return 1e4
+
+    def measure(plan, env, texts):
+        assert plan.learning_rate != 3.0 or begun.wait(60)
+        return {}
+
+    for f in (train, decode_speed, measure):
+        monkeypatch.setattr(study, f.__name__, f)
     monkeypatch.setattr(study, "plans", lambda done: order)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu: "a GPU")
     driver = toy(600)
@@ -126,6 +137,7 @@ def test_timed_runs_have_the_gpu_for_themselves(toy, tmp_path, monkeypatch):
     assert sorted(map(str, errors)) == ["None", "hymba: out of memory"]
     rows = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
     assert sorted(row["learning_rate"] for row in rows) == [1.0, 2.0, 3.0, 4.0, 6.0]  # 5.0 is not tried again
+    assert [row["learning_rate"] for row in rows if row.get("decode_tokens_per_s")] == [3.0, 6.0]
     assert [most[plan] for plan in order] == [2, 2, 1, 2, 2, 1]
 
 
@@ -168,8 +180,9 @@ def test_tables_and_pictures(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "| hymba | `HhhhhHhhhhhH` | 1.5150 | 0.0050 | 0.7575 | 0.001 | 0.500 | 1,000,000 | 10,000 |" in out
     assert "hours on one GPU" in out and all((tmp_path / f"{name}.png").stat().st_size for name in figures.PICTURES)
-    for args, message in (([], "nothing to do"), (["--minutes=nan"], "more than 0"), (["--minutes=-1"], "more than 0")):
-        with pytest.raises(ValueError, match=message):
+    wrong = {"nothing to do": [], "=nan: must": ["--minutes=nan"], "more than 0": ["--minutes=-1"]}
+    for message, args in (wrong | {"no file or folder none": ["--minutes=1", "--text=none"]}).items():
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
             study.main([*args, f"--results={tmp_path}"])
     results.write_text('{"scale": 3}\n')
     with pytest.raises(ValueError, match="runs.jsonl, line 1"):
@@ -177,6 +190,6 @@ def test_tables_and_pictures(tmp_path, capsys):
 
 
 def plans_of(system: str) -> list[study.Plan]:
-    rates = [study.Plan(system, "small", "rate", study.TRIAL, rate) for rate in (0.5e-3, *study.RATES)]
+    rates = [study.Plan(system, "small", "rate", study.TRIAL, rate) for rate in (0.5e-3, 1e-3, *study.RATES)]
     epochs = [study.Plan(system, "small", "epoch", study.EPOCH, 1e-3, seed) for seed in (1, 2)]
     return rates + epochs + [study.Plan(system, "recall", "recall", study.RECALL, 1e-3)]
