@@ -85,6 +85,10 @@ def test_a_run_is_recorded_and_goes_on(toy, tmp_path, monkeypatch):
     assert row["flags"]["max_steps"] == 64 and row["curve"][-1][0] == 64
     toy(600).work(None)  # done: not run again
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 1
+    for stage in ("rate", "epoch"):  # on other data: only rates stand
+        plan = study.Plan("hymba", "small", stage, 64 * 32, 1e-3)
+        (tmp_path / "runs.jsonl").write_text(json.dumps(row | {"stage": stage, "words_data": "other"}) + "\n")
+        assert toy(600).next(None) == (plan if stage == "epoch" else None)
 
 
 def test_timed_runs_have_the_gpu_for_themselves(toy, tmp_path, monkeypatch):
