@@ -99,7 +99,8 @@ SCALES = {
 }
 EPOCH, TRIAL, RECALL = 97e6, 25e6, 131e6  # tokens of the corpus, of a trial of a learning rate, and of a run of recall
 RATES, RECALL_RATES = (2e-3, 4e-3, 8e-3), (1e-3, 3e-3)
-START, SPEED = 40, 700_000  # of runs that are like none before: seconds before the first step; tokens/s, small scale
+START, MEASURING = 40, 50  # seconds before the first step; of measure
+SPEED = 700_000  # tokens/s of runs that are like none before, at the small scale
 BESIDE = 0.6  # of its speed, what a run keeps beside another on the same GPU
 
 
@@ -228,7 +229,8 @@ def seconds(plan: Plan, done: dict) -> float:
     rows = [(key, row["tokens_per_s"]) for key, row in done.items() if key[:2] == (plan.scale, plan.system)]
     speeds = [speed / (BESIDE if shares(stage, seed) else 1) for (_, _, stage, _, seed), speed in rows if speed]
     guess = SPEED * SCALES["small"].parameters / SCALES[plan.scale].parameters
-    return START + plan.tokens / (max(speeds) if speeds else guess) / (BESIDE if plan.shares else 1)
+    measuring = 0 if plan.stage == "rate" or plan.seed > 1 else MEASURING
+    return START + plan.tokens / (max(speeds) if speeds else guess) / (BESIDE if plan.shares else 1) + measuring
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -304,7 +306,8 @@ def measure(plan: Plan, env: dict, texts: list[Path]) -> dict:
         "needle": evaluate("needle", "--needle=pass_key = {}", "--trials=32"),
     }
     if texts:
-        result["texts"] = evaluate("loss", *(f"--text={text}" for text in texts))["texts"]
+        losses = evaluate("loss", *(f"--text={text}" for text in texts))["texts"]
+        result["texts"] = {Path(text).name: loss for text, loss in losses.items()}
     return result
 
 

@@ -22,7 +22,7 @@ import study
 import train
 
 PAGES = ["README.md", "docs/data.md", "docs/weights.md", "docs/training.md", "docs/robustness.md", "docs/speed.md"]
-PAGES += ["docs/systems.md", "docs/evaluation.md"]
+PAGES += ["docs/systems.md", "docs/evaluation.md", "docs/results.md"]
 TOY = "--n_embd=16 --n_head=2 --n_kv_head=1 --d_state=2 --n_meta=2 --window=8 --block_size=16 --batch_size=2"
 TOY += " --max_steps=2 --grad_accum=1 --eval_windows=2 --sample_tokens=3 --threads=1 --device=cpu"
 # Network, GPU, or minutes
