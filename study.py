@@ -58,6 +58,7 @@ SYSTEMS = {
 }
 MAIN = list(SYSTEMS)
 SYSTEMS |= {
+    "hymba-mamba-first": HYMBA | {"pattern": "M..."},  # the first block has no attention
     "hymba-no-meta": HYMBA | {"n_meta": 0},
     "hymba-no-sharing": HYMBA | {"kv_share": False},
     "hymba-no-ssm": HYMBA | {"pattern": "Ttt"},  # T and t where Hymba has H and h
@@ -116,6 +117,8 @@ def settings(system: str, scale: Scale, match: str = "parameters") -> dict:
         given["pattern"] = hybrid_pattern(pattern, n)
     elif pattern == "Ttt":
         given["pattern"] = HymbaConfig(n_layer=n).pattern.replace("H", "T").replace("h", "t")
+    elif pattern == "M...":
+        given["pattern"] = "M" + HymbaConfig(n_layer=n).pattern[1:]
     else:
         given["pattern"] = pattern * n if pattern else HymbaConfig(n_layer=n).pattern
     fields = {k: v for k, v in given.items() if k in HymbaConfig.__dataclass_fields__} | {"n_hidden": 8}
