@@ -321,6 +321,7 @@ class Driver:
         self.results, self.deadline, self.texts = results, deadline, texts
         self.running: dict[Plan, int | None] = {}  # on which GPU
         self.timed: set[Plan] = set()  # of these, the ones whose speed is being taken
+        self.failed: list[str] = []
         self.turn = threading.Condition()  # holds what is running and the file of results
         self.origin = {"commit": commit, "torch": torch.__version__}
         for flags in (scale.flags for scale in SCALES.values()):
@@ -385,6 +386,9 @@ class Driver:
                 row |= {"learning_rate": plan.learning_rate, "seed": plan.seed, "flags": plan.flags()}
                 row |= outcome | self.origin | {"device": device}
                 print(f"{time.strftime('%H:%M:%S')} {plan.name}: loss {outcome['val_loss']}", flush=True)
+            except (RuntimeError, subprocess.CalledProcessError) as e:  # the next one may not
+                print(f"{time.strftime('%H:%M:%S')} {plan.name} failed: {e}", flush=True)
+                self.failed.append(plan.name)
             finally:
                 self.end(plan, row)
 
@@ -432,6 +436,8 @@ def main(argv: list[str]) -> None:
         gpus = [i for i, size in enumerate(memory) for _ in range(2 if size > 40e9 else 1)] or [None]
         with ThreadPoolExecutor(len(gpus)) as pool:
             list(pool.map(driver.work, gpus))
+        if driver.failed:
+            raise ValueError(f"failed, see above: {', '.join(driver.failed)}")
     if args.list:
         listing(read(results))
     if args.figures:
