@@ -30,17 +30,25 @@ def best_recall(done: dict, system: str) -> dict | None:
     return max((r for r in rows if r and r.get("accuracy")), key=lambda r: r["accuracy"], default=None)
 
 
+def needles(row: dict) -> dict[int, float]:
+    """By length, the share of codes that are told from nine others, a mean over depths."""
+    needle = row.get("needle", {"lengths": [], "choice": [[]]})
+    return dict(zip(needle["lengths"], map(statistics.mean, zip(*needle["choice"], strict=True)), strict=True))
+
+
 def table(done: dict) -> str:
     """A line for each system with an epoch: loss (mean of seeds, half their range), and what else is known."""
-    heads = ["system", "pattern", "loss", "+/-", "bits per byte", "rate", "recall", "training, tokens/s"]
-    lines = [[*heads, "decode, tokens/s", "cache, MB"], ["---"] * 10]
+    heads = ["system", "pattern", "loss", "+/-", "bits per byte", "rate", "recall", "needle", "training, tokens/s"]
+    lines = [[*heads, "decode, tokens/s", "cache, MB"], ["---"] * 11]
     for system, rows in ranking(done).items():
         first, losses, recall = rows[0], [r["val_loss"] for r in rows], best_recall(done, system)
         half = f"{(max(losses) - min(losses)) / 2:.4f}" if len(losses) > 1 else ""
         decode = first.get("decode_tokens_per_s")
         cells = [system, f"`{first['flags']['pattern']}`", f"{mean_loss(rows):.4f}", half]
         cells += [f"{statistics.mean(r['val_bpb'] for r in rows):.4f}", f"{first['learning_rate']:g}"]
-        cells += [f"{recall['accuracy']:.3f}" if recall else "", f"{first['tokens_per_s']:,.0f}"]
+        needle = needles(first).get(first["flags"]["block_size"])
+        cells += [f"{recall['accuracy']:.3f}" if recall else "", "" if needle is None else f"{needle:.2f}"]
+        cells += [f"{first['tokens_per_s']:,.0f}"]
         lines.append([*cells, f"{decode:,.0f}" if decode else "", f"{cache_mb(first):.2f}"])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
@@ -120,13 +128,9 @@ def draw_positions(ax, done: dict) -> None:
 
 
 def draw_needle(ax, done: dict) -> None:
-    """The share of codes that are told from nine others, a mean over depths, against the length."""
     for system, runs in ranking(done).items():
-        if system in MAIN and "needle" in runs[0]:
-            needle = runs[0]["needle"]
-            ax.plot(
-                needle["lengths"], [statistics.mean(u) for u in zip(*needle["choice"], strict=True)], "o-", label=system
-            )
+        if system in MAIN and (found := needles(runs[0])):
+            ax.plot(found.keys(), found.values(), "o-", label=system)
     ax.set(xscale="log", xlabel="tokens of text", ylabel="needle found")
 
 

@@ -182,7 +182,7 @@ def test_tables_and_pictures(tmp_path, capsys):
     results.write_text("".join(json.dumps(row) + "\n" for row in done.values()))
     study.main(["--list", "--figures", f"--results={tmp_path}"])
     out = capsys.readouterr().out
-    assert "| hymba | `HhhhhHhhhhhH` | 1.5150 | 0.0050 | 0.7575 | 0.001 | 0.500 | 1,000,000 | 10,000 |" in out
+    assert "| hymba | `HhhhhHhhhhhH` | 1.5150 | 0.0050 | 0.7575 | 0.001 | 0.500 | 0.50 | 1,000,000 | 10,000 |" in out
     assert "hours on one GPU" in out and all((tmp_path / f"{name}.png").stat().st_size for name in figures.PICTURES)
     wrong = {"nothing to do": [], "=nan: must": ["--minutes=nan"], "more than 0": ["--minutes=-1"]}
     for message, args in (wrong | {"no file or folder none": ["--minutes=1", "--text=none"]}).items():
