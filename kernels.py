@@ -35,11 +35,13 @@ def capability(device: int | None = None) -> int:
     """Of a GPU, ten times: 80 is an A100, 86 a 3090, 89 a 4090 or L4, 90 an H100, 100 a B200, 120 a 5090."""
     if OVERRIDE or INTERPRET.value:
         return OVERRIDE or 90
+    if torch.compiler.is_compiling():  # which warns of caches
+        return capability_of.__wrapped__(device)
     return capability_of(torch.cuda.current_device() if device is None else device)
 
 
 @functools.cache  # asking takes longer than a launch
-def capability_of(device: int) -> int:
+def capability_of(device: int | None) -> int:
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 

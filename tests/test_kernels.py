@@ -2,6 +2,7 @@
 
 import itertools
 import types
+import warnings
 
 import numpy as np
 import pytest
@@ -253,6 +254,17 @@ def test_gpus_that_the_kernels_run_on(capability, hip, expected, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", hip)
     x = types.SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0), dtype=torch.bfloat16)
     assert kernels.usable(x) == expected
+
+
+@needs_triton
+def test_the_compiler_does_not_warn_of_a_cache(monkeypatch):
+    monkeypatch.setattr(kernels, "INTERPRET", kernels.tl.constexpr(False))
+    monkeypatch.setattr(kernels, "OVERRIDE", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    f = torch.compile(lambda x: x + kernels.capability(0), backend="eager", fullgraph=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert f(torch.zeros(1)) == 90
 
 
 @on_device
