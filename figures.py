@@ -32,8 +32,10 @@ def best_recall(done: dict, system: str) -> dict | None:
 
 def needles(row: dict) -> dict[int, float]:
     """By length, the share of codes that are told from nine others, a mean over depths."""
-    needle = row.get("needle", {"lengths": [], "choice": [[]]})
-    return dict(zip(needle["lengths"], map(statistics.mean, zip(*needle["choice"], strict=True)), strict=True))
+    if "needle" not in row:
+        return {}
+    lengths, choice = row["needle"]["lengths"], row["needle"]["choice"]  # choice by depth, then length
+    return dict(zip(lengths, map(statistics.mean, zip(*choice, strict=True)), strict=True))
 
 
 def table(done: dict) -> str:

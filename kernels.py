@@ -40,7 +40,7 @@ def capability(device: int | None = None) -> int:
     return capability_of(torch.cuda.current_device() if device is None else device)
 
 
-@functools.cache  # asking takes longer than a launch
+@functools.cache  # a short prompt asks hundreds of times
 def capability_of(device: int | None) -> int:
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor

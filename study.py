@@ -256,6 +256,8 @@ def train(plan: Plan, env: dict, deadline: float) -> dict | None:
     folder, begin, diverged = ROOT / "out" / "study" / plan.name, time.monotonic(), False
     options = [f"--{name}={value}" for name, value in plan.flags().items()]
     saved = json.loads(config.read_text()) if (config := folder / "last/config.json").exists() else {}
+    meta = json.loads((ROOT / "data" / plan.flags()["dataset"] / "meta.json").read_text())
+    saved = saved if saved and saved["data"]["train"] == meta["train"]["sha256"] else {}  # of other data: not this run
     again = ["--resume=anyway"] if saved else ["--overwrite"]
     command = [sys.executable, "train.py", "config/study.py", *options, f"--out_dir={folder}", *again]
     if saved.get("step") != plan.flags()["max_steps"]:  # else it is trained, and what followed was cut off
@@ -351,7 +353,8 @@ class Driver:
                 self.turn.wait()
             if plan:
                 self.running[plan] = gpu
-                self.timed |= set() if plan.shares else {plan}
+                if not plan.shares:
+                    self.timed.add(plan)
             return plan
 
     def make_room(self, plan: Plan) -> None:

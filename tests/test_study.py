@@ -165,6 +165,9 @@ def test_cut_off_runs_go_on(toy, tmp_path, monkeypatch):
     row = study.train(plan, os.environ, time.monotonic() + 600)
     assert row["val_loss"] > 0 and row["curve"][0][0] == 1
     assert study.train(plan, os.environ, 0) | {"seconds": 0} == row | {"seconds": 0}  # trained: nothing is run
+    config = json.loads((folder / "last/config.json").read_text())
+    (folder / "last/config.json").write_text(json.dumps(config | {"data": {"train": "other"}}))
+    assert study.train(plan, os.environ, 0) is None  # on other data: begun anew, and stopped
 
 
 def shorter(flags, folder):
