@@ -169,8 +169,9 @@ def recall(model: Hymba, text: Text, n_tokens: int = 2**30) -> dict:
         asked = targets >= 0  # (b, T)
         x = hidden(model, idx)[asked].to(model.output.dtype)
         right = F.linear(x, model.output).argmax(-1) == targets[asked]
-        for answers in right.split(asked.sum(1).tolist()):
-            shares.setdefault(len(answers), []).append(answers.float().mean().item())
+        n_pairs = asked.int().argmax(1) // 2  # the first answer comes behind the pairs
+        for n, answers in zip(n_pairs.tolist(), right.split(asked.sum(1).tolist()), strict=True):
+            shares.setdefault(n, []).append(answers.float().mean().item())
     pairs = {
         str(n): dict(zip(("accuracy", "error"), mean_and_error(np.array(u)), strict=True))
         for n, u in sorted(shares.items())

@@ -6,12 +6,16 @@ https://arxiv.org/abs/2312.04927).
     python train.py config/recall/hymba.py
     python evaluate.py recall --init_from=out/recall_hymba out/recall_mamba
 
-A record gives n pairs of a key and a value, and later asks for each key once, in any order and anywhere:
+A record is a row of episodes. An episode gives n pairs of a key and a value, and then asks for each key, in any order:
 
-    k1 v1 k2 v2 ... kn vn   ... k2 v2 ... ... k1 v1 ...          the values in the second part are what is predicted
+    k1 v1 k2 v2 ... kn vn  k7 v7 k2 v2 ... k1 v1                 the values in the second half are what is predicted
 
-Between the questions stand random values. All records are 4 times as long as the largest n pairs ask for, so all are
-read with the same cache. Of the vocabulary, the lower half are keys and the upper half are values.
+All records are as long as one episode of the largest n, so all are read with the same cache and have as many answers.
+A smaller n makes more episodes, and n is what has to be remembered at a time. No key comes in two episodes of a record.
+Of the vocabulary, the lower half are keys and the upper half are values.
+
+In Zoology, records of few pairs are short. That matters: from records of 1,024 tokens with one episode each, and random
+values between and behind the questions, a Transformer learned nothing in 4,000 steps.
 
 Only the answers count in the loss: a token t that is not to be predicted is written as ~t, which is negative. Windows
 of train.py begin where a record begins, as "record" in meta.json has its length.
@@ -32,15 +36,16 @@ from flags import Parser, run
 
 
 def draw(rng: np.random.Generator, n_pairs: int, n: int, length: int, vocab: int) -> np.ndarray:
-    """n records (n, length + 1) of n_pairs pairs each: tokens, ~token where it is not to be predicted."""
-    rows, half, text = np.arange(n)[:, None], vocab // 2, 2 * n_pairs
-    keys = rng.permuted(np.tile(np.arange(half), (n, 1)), axis=1)[:, :n_pairs]
-    values = rng.integers(half, vocab, (n, n_pairs))
-    records = ~rng.integers(half, vocab, (n, length + 1))
-    records[:, 0:text:2], records[:, 1:text:2] = ~keys, ~values
-    slots = np.tile(np.arange(text, length - 1, 2), (n, 1))
-    where = rng.permuted(slots, axis=1)[:, :n_pairs]  # of each key's question
-    records[rows, where], records[rows, where + 1] = ~keys, values
+    """n records (n, length + 1) of episodes of n_pairs pairs: tokens, ~token where it is not to be predicted."""
+    half, episodes = vocab // 2, length // (4 * n_pairs)
+    shape, tokens = (n, episodes, n_pairs), 4 * n_pairs * episodes
+    keys = rng.permuted(np.tile(np.arange(half), (n, 1)), axis=1)[:, : episodes * n_pairs].reshape(shape)
+    pairs = np.stack([keys, rng.integers(half, vocab, shape)], axis=-1)  # (n, episodes, n_pairs, 2)
+    order = rng.permuted(np.broadcast_to(np.arange(n_pairs), shape), axis=2)
+    questions = np.take_along_axis(pairs, order[..., None], axis=2)
+    questions[..., 0] = ~questions[..., 0]
+    records = ~rng.integers(half, vocab, (n, length + 1))  # what is left behind the last episode is not asked for
+    records[:, :tokens] = np.concatenate([~pairs, questions], axis=2).reshape(n, tokens)
     return records
 
 

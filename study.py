@@ -240,13 +240,18 @@ def seconds(plan: Plan, done: dict) -> float:
 # Running
 
 
-def read(results: Path) -> dict:
-    """Results by the key of their plan, the last of each."""
+def read(results: Path, data: dict | None = None) -> dict:
+    """Results by the key of their plan, the last of each, on the data sets whose hashes `data` has, or else on those of
+    the last line. Trials count on any data: a rate that was the best on other data is good enough."""
     names = {"scale": str, "system": str, "stage": str, "learning_rate": float, "seed": int, "flags": dict}
+    lines = results.read_text().splitlines() if results.exists() else []
+    rows = [parse_json(line, f"{results}, line {number}", names) for number, line in enumerate(lines, 1)]
+    data = data or (rows[-1] if rows else {})
     done = {}
-    for number, line in enumerate(results.read_text().splitlines() if results.exists() else [], 1):
-        row = parse_json(line, f"{results}, line {number}", names)
-        done[row["scale"], row["system"], row["stage"], row["learning_rate"], row["seed"]] = row
+    for row in rows:
+        name = f"{row['flags'].get('dataset')}_data"
+        if row["stage"] == "rate" or row.get(name) == data.get(name):
+            done[row["scale"], row["system"], row["stage"], row["learning_rate"], row["seed"]] = row
     return done
 
 
@@ -330,21 +335,12 @@ class Driver:
             meta = prepare.open_split(ROOT / "data" / flags["dataset"], "train", flags["data_command"])[1]
             self.origin[f"{flags['dataset']}_data"] = meta["train"]["sha256"][:12]
 
-    def done(self) -> dict:
-        """Results on the data that is here. A rate that was the best on other data is good enough for this."""
-
-        def same(row: dict) -> bool:
-            name = f"{SCALES[row['scale']].flags['dataset']}_data"
-            return row.get(name) == self.origin[name]
-
-        return {key: row for key, row in read(self.results).items() if row["stage"] == "rate" or same(row)}
-
     def next(self, gpu: int | None) -> Plan | None:
         """The first plan that is not done, is not being run, has a rate, and will end in time, once the GPU has room
         for it: for one run that is timed, or for two that are not, or no longer."""
         with self.turn:
             while True:
-                done, left = self.done(), self.deadline - time.monotonic()
+                done, left = read(self.results, self.origin), self.deadline - time.monotonic()
                 beside = [plan for plan, where in self.running.items() if where == gpu]
                 new = (p for p in plans(done) if p.learning_rate and p.key not in done and p not in self.running)
                 plan = next((p for p in new if seconds(p, done) < left), None)

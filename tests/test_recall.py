@@ -1,6 +1,7 @@
 """The data set of recall, and training on records of which only the answers are predicted."""
 
 import json
+import math
 import signal
 
 import numpy as np
@@ -20,17 +21,22 @@ from model import Hymba, HymbaConfig
 FLAGS = ["--dataset=recall", "--block_size=16", "--n_meta=0", "--vocab_size=32"]
 
 
-def test_every_answer_follows_its_key_and_nothing_else_is_predicted():
-    records = recall.draw(np.random.default_rng(0), 5, 50, 24, 48)
-    assert records.shape == (50, 25)
+@pytest.mark.parametrize("n_pairs, episodes", [(2, 6), (3, 4), (5, 2), (12, 1)])
+def test_every_answer_follows_its_key_and_nothing_else_is_predicted(n_pairs, episodes):
+    records = recall.draw(np.random.default_rng(0), n_pairs, 50, 48, 96)
+    assert records.shape == (50, 49)
+    orders, keys = set(), []
     for record in records:
-        pairs = dict(zip(~record[0:10:2], ~record[1:10:2], strict=True))
-        assert len(pairs) == 5 and max(pairs) < 24 <= min(pairs.values()) < 48
-        (answers,) = np.nonzero(record >= 0)
-        assert {~record[i - 1]: record[i] for i in answers} == pairs and len(answers) == 5
-        fillers = np.delete(~record[10:], np.concatenate([answers - 10, answers - 11]))
-        assert (fillers >= 24).all()  # no key, so no question without an answer
-    assert len({tuple(np.nonzero(record >= 0)[0]) for record in records}) > 15  # of 21 places
+        for episode in record[: 4 * n_pairs * episodes].reshape(episodes, 2, n_pairs, 2):
+            told, (keys_asked, answers) = ~episode[0], episode[1].T
+            pairs = dict(told)
+            assert len(pairs) == n_pairs and max(pairs) < 48 <= min(pairs.values()) and max(pairs.values()) < 96
+            assert dict(zip(~keys_asked, answers, strict=True)) == pairs
+            orders.add(tuple(list(pairs).index(~key) for key in keys_asked))
+            keys += pairs
+        assert len(set(keys[-n_pairs * episodes :])) == n_pairs * episodes  # none in two episodes
+        assert (~record[4 * n_pairs * episodes :] >= 48).all()  # no key, so no question without an answer
+    assert len(orders) >= min(math.factorial(n_pairs), 45) and set(keys) == set(range(48))
 
 
 def test_the_data_set(tmp_path):
@@ -38,7 +44,7 @@ def test_the_data_set(tmp_path):
     folder = recall.prepare_recall([4, 2], 1500, data_dir=tmp_path)
     tokens, meta = prepare.open_split(folder, "train")
     assert meta["record"] == 17 and meta["vocab_size"] == 32 and len(tokens) == 1500 * 17
-    numbers = (tokens.reshape(-1, 17) >= 0).sum(1)
+    numbers = (tokens.reshape(-1, 17) >= 0).argmax(1) // 2  # the first answer comes behind the pairs
     assert np.sort(numbers.reshape(-1, 2)).tolist() == [[2, 4]] * 750 and 600 < (numbers[::2] == 2).sum() * 2 < 900
     val, _ = prepare.open_split(folder, "val")
     assert len(val) == 2 * 64 * 17

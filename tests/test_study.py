@@ -182,7 +182,9 @@ def test_tables_and_pictures(tmp_path, capsys):
     done = {}
     for plan in (p for system in study.MAIN[:4] for p in plans_of(system)):
         done[plan.key] = made_up(plan, 1.5 + abs(plan.learning_rate - 1e-3) + plan.seed / 100)
-    results.write_text("".join(json.dumps(row) + "\n" for row in done.values()))
+    other = [row | {"seed": 3, "study_data": "other"} for row in done.values() if row["stage"] == "epoch"]
+    results.write_text("".join(json.dumps(row) + "\n" for row in [*other, *done.values()]))
+    assert list(study.read(results)) == list(done)  # on the data of the last line
     study.main(["--list", "--figures", f"--results={tmp_path}"])
     out = capsys.readouterr().out
     assert "| hymba | `HhhhhHhhhhhH` | 1.5150 | 0.0050 | 0.7575 | 0.001 | 0.500 | 0.50 | 1,000,000 | 10,000 |" in out
