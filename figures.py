@@ -18,6 +18,8 @@ PAPER = {
     "hymba-no-meta": (45.16, 48.04), "hymba": (45.53, 51.79),
 }  # fmt: skip
 
+COLORS = {system: f"C{i % 10}" for i, system in enumerate(SYSTEMS)}  # the same in all pictures
+
 
 def cache_mb(row: dict) -> float:
     """Cache of one sequence of 8,192 tokens."""
@@ -71,7 +73,7 @@ def draw_rates(ax, done: dict) -> None:
         rows = [done.get(("small", system, "rate", rate, 1)) for rate in trials(done, system)[0]]
         points = [(r["learning_rate"], r["val_loss"]) for r in rows if r and r["val_loss"]]
         if points:
-            ax.plot(*zip(*points, strict=True), "o-", label=system)
+            ax.plot(*zip(*points, strict=True), "o-", color=COLORS[system], label=system)
     ax.set(xscale="log", xlabel="learning rate", ylabel=f"validation loss after {TRIAL / 1e6:.0f} M tokens")
 
 
@@ -85,7 +87,7 @@ def draw_curves(ax, done: dict, seconds: bool) -> None:
         unit = tokens / row["tokens_per_s"] if seconds else tokens * cost.flops_per_token(model)
         steps, losses = zip(*row["curve"], strict=True)
         smooth = [statistics.mean(losses[max(0, i - 4) : i + 5]) for i in range(len(losses))]
-        ax.plot([step * unit for step in steps[5:]], smooth[5:], lw=1, label=system)
+        ax.plot([step * unit for step in steps[5:]], smooth[5:], COLORS[system], lw=1, label=system)
     low = min((row["val_loss"] for row in rows.values()), default=1.0)
     what = "seconds" if seconds else "floating-point operations"
     ax.set(
@@ -95,8 +97,9 @@ def draw_curves(ax, done: dict, seconds: bool) -> None:
 
 def draw_against(ax, points: dict[str, tuple[float, float]], x: str, y: str) -> None:
     for system, point in points.items():
-        ax.plot(*point, "o")
+        ax.plot(*point, "o", color=COLORS[system])
         ax.annotate(system, point, (5, 3), textcoords="offset points", fontsize="small")
+    ax.margins(x=0.12)  # for the last name
     ax.set(xscale="log", xlabel=x, ylabel=y)
 
 
@@ -115,7 +118,8 @@ def draw_recall(ax, done: dict) -> None:
 def draw_pairs(ax, done: dict) -> None:
     for system in MAIN:
         if row := best_recall(done, system):
-            ax.plot([int(n) for n in row["pairs"]], [u["accuracy"] for u in row["pairs"].values()], "o-", label=system)
+            shares = [u["accuracy"] for u in row["pairs"].values()]
+            ax.plot([int(n) for n in row["pairs"]], shares, "o-", color=COLORS[system], label=system)
     ax.set(xscale="log", xlabel="pairs", ylabel="accuracy of recall")
 
 
@@ -125,14 +129,14 @@ def draw_positions(ax, done: dict) -> None:
         if system in MAIN and "position" in runs[0]:
             (result,) = runs[0]["position"].values()
             ends = result["edges"][1 : len(result["by_position"]) + 1]
-            ax.plot(ends, result["by_position"], label=system)
+            ax.plot(ends, result["by_position"], COLORS[system], label=system)
     ax.set(xscale="log", xlabel="position", ylabel="loss, nats per token")
 
 
 def draw_needle(ax, done: dict) -> None:
     for system, runs in ranking(done).items():
         if system in MAIN and (found := needles(runs[0])):
-            ax.plot(found.keys(), found.values(), "o-", label=system)
+            ax.plot(found.keys(), found.values(), "o-", color=COLORS[system], label=system)
     ax.set(xscale="log", xlabel="tokens of text", ylabel="needle found")
 
 
