@@ -14,8 +14,9 @@ All records are as long as one episode of the largest n, so all are read with th
 A smaller n makes more episodes, and n is what has to be remembered at a time. No key comes in two episodes of a record.
 Of the vocabulary, the lower half are keys and the upper half are values.
 
-In Zoology, records of few pairs are short. That matters: from records of 1,024 tokens with one episode each, and random
-values between and behind the questions, a Transformer learned nothing in 4,000 steps.
+What is learned first are few pairs, so training has n pairs in a share of its records that goes with 1 / n. (In Zoology,
+records of few pairs are short, which does the same.) From as many records of each n, of one episode with random values
+behind it, a Transformer learned nothing in 4,000 steps.
 
 Only the answers count in the loss: a token t that is not to be predicted is written as ~t, which is negative. Windows
 of train.py begin where a record begins, as "record" in meta.json has its length.
@@ -49,29 +50,28 @@ def draw(rng: np.random.Generator, n_pairs: int, n: int, length: int, vocab: int
     return records
 
 
-def write(path: Path, pairs: list[int], n: int, seed: int, length: int, vocab: int) -> dict:
-    """Write n records, and return the split's entry of meta.json. Each number of pairs comes once in so many records as
-    there are numbers, in any order: evenly spaced records have all."""
+def write(path: Path, pairs: np.ndarray, seed: int, length: int, vocab: int) -> dict:
+    """Write records of these numbers of pairs (n,), in their order, and return the split's entry of meta.json."""
     sha256 = hashlib.sha256()
-    with open(path, "wb") as f, tqdm(total=n, desc=path.name, unit="record", disable=None) as bar:
-        for first in range(0, n, 256 * len(pairs)):  # some at a time: memory is bounded
-            rng, size = np.random.default_rng((seed, first)), min(256 * len(pairs), n - first)
-            records = np.stack([draw(rng, p, 256, length, vocab) for p in pairs], axis=1)
-            order = rng.permuted(np.tile(np.arange(len(pairs)), (256, 1)), axis=1)
-            records = np.take_along_axis(records, order[..., None], axis=1).reshape(-1, length + 1)[:size]
-            records = records.astype(prepare.DTYPES["int16"])
+    with open(path, "wb") as f, tqdm(total=len(pairs), desc=path.name, unit="record", disable=None) as bar:
+        for first in range(0, len(pairs), 2048):  # some at a time: memory is bounded
+            rng, some = np.random.default_rng((seed, first)), pairs[first : first + 2048]
+            records = np.empty((len(some), length + 1), prepare.DTYPES["int16"])
+            for n_pairs in np.unique(some):
+                records[some == n_pairs] = draw(rng, n_pairs, (some == n_pairs).sum(), length, vocab)
             f.write(records)
             sha256.update(records)
-            bar.update(size)
-    tokens = n * (length + 1)
-    return {"tokens": tokens, "bytes": tokens, "documents": n, "sha256": sha256.hexdigest()}
+            bar.update(len(some))
+    tokens = len(pairs) * (length + 1)
+    return {"tokens": tokens, "bytes": tokens, "documents": len(pairs), "sha256": sha256.hexdigest()}
 
 
 def prepare_recall(
     pairs: list[int], records: int = 50_000, name: str = "recall", data_dir: Path | str = "data", overwrite=False
 ) -> Path:
-    """Write the data set data_dir/name with so many records for training, and return its folder. Validation has a
-    twentieth, and 64 of each number of pairs at least. Raises ValueError for numbers that do not fit, or OSError."""
+    """Write the data set data_dir/name with so many records for training, n pairs with a share of 1 / n, and return its
+    folder. Validation has a twentieth, and as many of each n, 64 at least. Raises ValueError for numbers that do not
+    fit, or OSError."""
     folder, pairs = Path(data_dir) / name, sorted(set(pairs))
     if not pairs or not 1 <= pairs[0] <= pairs[-1] <= 4095:  # tokens fit 16 bits, with a sign
         raise ValueError("--pairs: give numbers from 1 to 4095, such as --pairs=4,8,16")
@@ -83,14 +83,18 @@ def prepare_recall(
     if folder.exists() and not (overwrite and {path.name for path in folder.iterdir()} <= prepare.OUTPUTS):
         raise FileExistsError(f"{folder} exists; pass --overwrite to replace a data set, or another --name")
     length, vocab = 4 * pairs[-1], 8 * pairs[-1]
-    n_val = max(64, records // 20 // len(pairs)) * len(pairs)
+    rng, share = np.random.default_rng(0), 1 / np.array(pairs)
+    numbers = {"train": rng.choice(pairs, records, p=share / share.sum())}
+    numbers["val"] = rng.permuted([pairs] * max(64, records // 20 // len(pairs)), axis=1).flatten()  # evenly spaced
     with prepare.writing(folder), replacing(folder, "~") as new:
         meta = {"tokenizer": "none", "vocab_size": vocab, "eot": 0, "dtype": "int16", "record": length + 1}
         meta["source"] = ["recall of " + ", ".join(map(str, pairs)) + " pairs"]
-        for seed, (split, n) in enumerate({"train": records, "val": n_val}.items()):
-            meta[split] = write(new / f"{split}.bin", pairs, n, seed, length, vocab)
+        for seed, (split, pairs_of) in enumerate(numbers.items()):
+            meta[split] = write(new / f"{split}.bin", pairs_of, seed, length, vocab)
         (new / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-    print(f"{folder}: {records:,} records for training and {n_val:,} for validation, of {length:,} tokens")
+    print(
+        f"{folder}: {records:,} records for training and {len(numbers['val']):,} for validation, of {length:,} tokens"
+    )
     return folder
 
 

@@ -108,7 +108,7 @@ def test_selective_scan_fn(options, device, poisoned):
 
 @on_device
 def test_scan_in_transformers_mamba(device, monkeypatch):
-    """README's example: the same logits with and without a cache."""
+    """The example of docs/speed.md: the same logits with and without a cache."""
     mamba = pytest.importorskip("transformers.models.mamba.modeling_mamba", reason="pip install transformers")
     if not hasattr(mamba, "mamba_selective_scan"):
         pytest.skip("this transformers has no function of its own for the scan")
