@@ -98,7 +98,7 @@ SCALES = {
     "large": Scale(56_000_000, SHARED | dict(zip(SIZES, (12, 512, 8, 4, 2048, 512, 16), strict=True))),
     "recall": Scale(1_100_000, SHARED | dict(zip(SIZES, (4, 128, 4, 2, 1024, 64, 64), strict=True)) | RECORDS),
 }
-EPOCH, TRIAL, RECALL = 97e6, 25e6, 131e6  # tokens of the corpus, of a trial of a learning rate, and of a run of recall
+EPOCH, TRIAL, RECALL = 97e6, 25e6, 262e6  # tokens of the corpus, of a trial of a learning rate, and of a run of recall
 RATES, RECALL_RATES = (2e-3, 4e-3, 8e-3), (1e-3, 3e-3)
 START, MEASURING = 40, 50  # seconds before the first step; of measure
 SPEED = 700_000  # tokens/s of runs that are like none before, at the small scale
