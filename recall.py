@@ -14,7 +14,7 @@ All records are as long as one episode of the largest n, so all are read with th
 A smaller n makes more episodes, and n is what has to be remembered at a time. No key comes in two episodes of a record.
 Of the vocabulary, the lower half are keys and the upper half are values.
 
-What is learned first are few pairs, so training has n pairs in a share of its records that goes with 1 / n. (In Zoology,
+What is learned first are few pairs, so training has n pairs in a share of its records that goes with 1 / n. (Zoology's
 records of few pairs are short, which does the same.) From as many records of each n, of one episode with random values
 behind it, a Transformer learned nothing in 4,000 steps.
 
