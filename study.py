@@ -177,9 +177,11 @@ def shares(stage: str, seed: int) -> bool:
 def trials(done: dict, system: str) -> tuple[list[float], float]:
     """The rates to be tried for a system, and the best of them, 0 while one is missing.
 
-    A best rate at the edge asks for its neighbour, half or twice as large, up to three times.
+    Around the best of the system that it is a variant of, if that is known. A best rate at the edge asks for its
+    neighbour, half or twice as large, up to three times.
     """
-    rates = list(RATES)
+    best = 0.0 if system in MAIN else trials(done, system.split("-")[0])[1]
+    rates = [best / 2, best, 2 * best] if best else list(RATES)
     while True:
         rows = [done.get(("small", system, "rate", rate, 1)) for rate in rates]
         if None in rows:
