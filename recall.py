@@ -16,7 +16,7 @@ Of the vocabulary, the lower half are keys and the upper half are values.
 
 What is learned first are few pairs, so training has n pairs in a share of its records that goes with 1 / n. (Zoology's
 records of few pairs are short, which does the same.) From as many records of each n, of one episode with random values
-behind it, a Transformer learned nothing in 4,000 steps.
+behind it, a Transformer learned next to nothing in 4,000 steps.
 
 Only the answers count in the loss: a token t that is not to be predicted is written as ~t, which is negative. Windows
 of train.py begin where a record begins, as "record" in meta.json has its length.

@@ -39,6 +39,8 @@ def test_the_study_ends_and_repeats_nothing():
     rate = {p.system: p.learning_rate for p in order if (p.scale, p.stage) == ("small", "epoch")}
     assert rate == dict.fromkeys(study.SYSTEMS, 2e-3) | optimum
     assert {p.seed for p in order if p.stage == "epoch" and p.system == "hymba" and p.scale == "small"} == {1, 2}
+    tried = [p.learning_rate for p in order if (p.system, p.stage) == ("transformer-experts", "rate")]
+    assert tried[:3] == [0.125e-3, 0.25e-3, 0.5e-3]  # around the best of the system that it is a variant of
     diverged = {k: r | {"val_loss": None if k[3] == 2e-3 else r["val_loss"]} for k, r in done.items()}
     assert study.trials(diverged, "hymba")[1] != 2e-3
 
