@@ -102,17 +102,16 @@ def forward_and_backward(f, inputs: list[torch.Tensor], repeats: int) -> dict:
     grad = torch.randn_like(out)
     try:
         torch.autograd.grad(out, inputs, grad)
-        failed = False
     except RuntimeError as e:  # fla's does on Hopper with Triton before 3.7.1, whose results are wrong
         print(f"no backward pass: {str(e).splitlines()[0]}", file=sys.stderr)
-        failed = True
+        grad = None
     peak = (torch.cuda.max_memory_allocated() - before) / 1e6
     with torch.no_grad():
         fwd, fwd_spread = timed(lambda: f(*inputs), repeats)
-    if failed:
-        return dict(fwd=fwd, fwd_spread=fwd_spread, bwd=math.nan, bwd_spread=math.nan, peak_mb=peak)
-    out = f(*inputs)
-    bwd, bwd_spread = timed(lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True), repeats)
+    bwd = bwd_spread = math.nan
+    if grad is not None:
+        out = f(*inputs)
+        bwd, bwd_spread = timed(lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True), repeats)
     return dict(fwd=fwd, fwd_spread=fwd_spread, bwd=bwd, bwd_spread=bwd_spread, peak_mb=peak)
 
 

@@ -1,6 +1,7 @@
 """Benchmarks: what they count, and what they do when something does not fit."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -42,6 +43,30 @@ def test_bench_halves_a_batch_until_it_fits(monkeypatch):
     assert tried == [(10, 8), (20, 8), (20, 4), (100, 4), (100, 2), (100, 1)]
     with pytest.raises(torch.cuda.OutOfMemoryError):
         bench.decode_worker(spec | {"contexts": [101]}, torch.device("cpu"))
+
+
+class Refuses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError("please upgrade")
+
+
+def test_bench_times_a_peer_without_a_backward_pass(monkeypatch, capsys):
+    for name in ("reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 0)
+    monkeypatch.setattr(bench, "timed", lambda f, repeats: (f(), (2.0, 0.0))[1])
+    x, rows = torch.ones(3, requires_grad=True), []
+    for name, f in (("ours", torch.exp), ("theirs", Refuses.apply)):
+        rows.append(dict(shape="3", name=name) | bench.attempt(name, bench.forward_and_backward, f, [x], 1))
+    bench.ratios(rows)
+    bench.table(rows)
+    assert rows[0]["bwd"] == rows[1]["fwd"] == 2 and math.isnan(rows[1]["bwd"]) and rows[1]["fwd_ratio"] == 1
+    out, err = capsys.readouterr()
+    assert "no backward pass: please upgrade" in err and "theirs: slower than ours 1.00x forward, nanx" in out
 
 
 def test_bench_plot_says_what_it_cannot_show(tmp_path):

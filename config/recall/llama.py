@@ -1,5 +1,6 @@
 """
-Recall with full attention alone: it sees every pair, so expect all of it, for the largest cache.
+Recall with full attention alone: it sees every pair, for the largest cache, but is slow to learn where a pair stands.
+How many steps are enough is not known yet (docs/results.md).
 
 Data: python recall.py
 """
