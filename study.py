@@ -9,7 +9,7 @@ many parameters.
 Each run is a train.py of its own, on each GPU one at a time while its speed is taken, else two: one starts while the
 other trains. It adds a line to results/runs.jsonl: what was trained, with which flags, code, data and device, and what
 came out. A run that was cut off goes on from its checkpoint in out/study/, or starts anew where that is gone. Learning
-rates are chosen first, for each system by itself.
+rates are chosen first, for each system by itself; a variant begins with the rate of the system that it varies.
 
 Data: python prepare.py python --site-packages --tokenizer=bpe:16384 --name=study
       python recall.py
@@ -96,12 +96,13 @@ RECORDS = {"dataset": "recall", "data_command": "python recall.py", "vocab_size"
 SCALES = {
     "small": Scale(14_000_000, SHARED | dict(zip(SIZES, (12, 256, 4, 2, 1024, 256, 32), strict=True))),
     "large": Scale(56_000_000, SHARED | dict(zip(SIZES, (12, 512, 8, 4, 2048, 512, 16), strict=True))),
-    "recall": Scale(1_100_000, SHARED | dict(zip(SIZES, (4, 128, 4, 2, 1024, 64, 64), strict=True)) | RECORDS),
+    "recall": Scale(1_100_000, SHARED | dict(zip(SIZES, (4, 128, 4, 2, 1024, 64, 16), strict=True)) | RECORDS),
 }
 EPOCH, TRIAL, RECALL = 97e6, 25e6, 262e6  # tokens of the corpus, of a trial of a learning rate, and of a run of recall
-RATES, RECALL_RATES = (2e-3, 4e-3, 8e-3), (1e-3, 3e-3)
+RATES, RECALL_RATES = (2e-3, 4e-3, 8e-3), (3e-3, 6e-3)
 START, MEASURING = 40, 50  # seconds before the first step; of measure
 SPEED = 700_000  # tokens/s of runs that are like none before, at the small scale
+FASTEST = 3_000_000  # of such runs, at any scale: the host has to keep up
 BESIDE = 0.6  # of its speed, what a run keeps beside another on the same GPU
 
 
@@ -192,24 +193,38 @@ def trials(done: dict, system: str) -> tuple[list[float], float]:
         rates = [best / 2, *rates] if best == rates[0] else [*rates, 2 * best]
 
 
+def best_rates(done: dict, system: str) -> list[float]:
+    """The best rate of a system's own trials, and of those of the system that it is a variant of, if they are known."""
+    rates = [trials(done, name)[1] for name in ([system] if system in MAIN else [system, system.split("-")[0]])]
+    return [rate for rate in rates if rate]
+
+
 def plans(done: dict) -> Iterator[Plan]:
     """All runs of the study, the most important first."""
-    best = {system: trials(done, system)[1] for system in SYSTEMS}
-    for systems in (MAIN, [system for system in SYSTEMS if system not in MAIN]):
-        for system in systems:
-            for rate in trials(done, system)[0]:
-                yield Plan(system, "small", "rate", TRIAL, rate)
-            yield Plan(system, "small", "epoch", EPOCH, best[system])
-        for system in systems:
-            yield Plan(system, "small", "epoch", EPOCH, best[system], seed=2)
-        for system in systems if systems == MAIN else ():
-            for rate in RECALL_RATES:
-                yield Plan(system, "recall", "recall", RECALL, rate)
+    best = {system: next(iter(best_rates(done, system)), 0.0) for system in SYSTEMS}
+    variants = [system for system in SYSTEMS if system not in MAIN]
+    for system in MAIN:
+        for rate in trials(done, system)[0]:
+            yield Plan(system, "small", "rate", TRIAL, rate)
+        yield Plan(system, "small", "epoch", EPOCH, best[system])
+    for system in MAIN:
+        yield Plan(system, "small", "epoch", EPOCH, best[system], seed=2)
+    for system in MAIN:
+        yield Plan(system, "recall", "recall", RECALL, RECALL_RATES[0])
+    for system in variants:
+        yield Plan(system, "small", "epoch", EPOCH, best[system])
+    for system in MAIN:
+        yield Plan(system, "recall", "recall", RECALL, RECALL_RATES[1])
     for system in ("transformer", "mamba", "inter"):  # Hymba's own operations are the measure
         yield Plan(system, "small", "flops", EPOCH, best[system])
-    ranked = [*ranking(done), *SYSTEMS]
-    for system in list(dict.fromkeys(ranked))[:5]:
+    ranked = list(dict.fromkeys([*ranking(done), *SYSTEMS]))
+    for system in ranked[:5]:
         yield Plan(system, "small", "long", 4 * EPOCH, best[system])
+    for system in variants:
+        for rate in trials(done, system)[0]:
+            yield Plan(system, "small", "rate", TRIAL, rate)
+    for system in variants:
+        yield Plan(system, "small", "epoch", EPOCH, best[system], seed=2)
     for system in dict.fromkeys(["transformer", "mamba", "inter", "hymba", ranked[0]]):  # twice as wide: half the rate
         yield Plan(system, "large", "epoch", 2 * EPOCH, best[system] / 2)
 
@@ -218,10 +233,10 @@ def ranking(done: dict) -> dict[str, list[dict]]:
     """Epochs of each system that has one at the small scale, a row for each seed; the lowest mean loss first."""
     rows = {}
     for system in SYSTEMS:
-        rate = trials(done, system)[1]
-        found = [done.get(("small", system, "epoch", rate, seed)) for seed in (1, 2)]
-        if found := [r for r in found if r and r["val_loss"]]:
-            rows[system] = found
+        for rate in reversed(best_rates(done, system)):
+            found = [done.get(("small", system, "epoch", rate, seed)) for seed in (1, 2)]
+            if found := [r for r in found if r and r["val_loss"]]:
+                rows[system] = found
     return dict(sorted(rows.items(), key=lambda pair: mean_loss(pair[1])))
 
 
@@ -233,7 +248,7 @@ def seconds(plan: Plan, done: dict) -> float:
     """How long a run will take, at most: at the speed of a run of the same system and scale, if there is one."""
     rows = [(key, row["tokens_per_s"]) for key, row in done.items() if key[:2] == (plan.scale, plan.system)]
     speeds = [speed / (BESIDE if shares(stage, seed) else 1) for (_, _, stage, _, seed), speed in rows if speed]
-    guess = SPEED * SCALES["small"].parameters / SCALES[plan.scale].parameters
+    guess = min(SPEED * SCALES["small"].parameters / SCALES[plan.scale].parameters, FASTEST)
     measuring = 0 if plan.stage == "rate" or plan.seed > 1 else MEASURING
     return START + plan.tokens / (max(speeds) if speeds else guess) / (BESIDE if plan.shares else 1) + measuring
 
@@ -328,6 +343,7 @@ class Driver:
 
     def __init__(self, results: Path, deadline: float, commit: str, texts: list[Path]):
         self.results, self.deadline, self.texts = results, deadline, texts
+        self.whole = deadline - time.monotonic()
         self.running: dict[Plan, int | None] = {}  # on which GPU
         self.timed: set[Plan] = set()  # of these, the ones whose speed is being taken
         self.failed: list[str] = []
@@ -338,14 +354,15 @@ class Driver:
             self.origin[f"{flags['dataset']}_data"] = meta["train"]["sha256"][:12]
 
     def next(self, gpu: int | None) -> Plan | None:
-        """The first plan that is not done, is not being run, has a rate, and will end in time, once the GPU has room
-        for it: for one run that is timed, or for two that are not, or no longer."""
+        """The first plan that is not done, is not being run, has a rate, and will end in time (or never would: it goes
+        on the next time), once the GPU has room for it: one run that is timed, or two that are not, or no longer."""
         with self.turn:
             while True:
                 done, left = read(self.results, self.origin), self.deadline - time.monotonic()
                 beside = [plan for plan, where in self.running.items() if where == gpu]
-                new = (p for p in plans(done) if p.learning_rate and p.key not in done and p not in self.running)
-                plan = next((p for p in new if seconds(p, done) < left), None)
+                new = [p for p in plans(done) if p.learning_rate and p.key not in done and p not in self.running]
+                long = self.whole if left > START else math.inf
+                plan = next((p for p in new if not left <= seconds(p, done) <= long), None)
                 if plan is None or not beside or (plan.shares and not self.timed & set(beside)):
                     break
                 self.turn.wait()

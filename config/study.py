@@ -1,6 +1,6 @@
 """
 What all runs of study.py share. It adds sizes, the system, the schedule and the rate; python study.py --list names the
-runs. None has been made so far, so what to expect is not known.
+runs, and docs/results.md says what came out.
 
 Data: python prepare.py python --site-packages --tokenizer=bpe:16384 --name=study
 """

@@ -36,10 +36,12 @@ def test_the_study_ends_and_repeats_nothing():
         order.append(plan)
     assert all(p.key in done for p in study.plans(done)) and len({p.name for p in order}) == len(order)
     assert [p.stage for p in order[:4]] == ["rate"] * 3 + ["rate"] and order[0].system == "transformer"
-    rate = {p.system: p.learning_rate for p in order if (p.scale, p.stage) == ("small", "epoch")}
+    rate = {p.system: p.learning_rate for p in order if (p.scale, p.stage) == ("small", "epoch")}  # the last
     assert rate == dict.fromkeys(study.SYSTEMS, 2e-3) | optimum
     assert {p.seed for p in order if p.stage == "epoch" and p.system == "hymba" and p.scale == "small"} == {1, 2}
-    tried = [p.learning_rate for p in order if (p.system, p.stage) == ("transformer-experts", "rate")]
+    begun = [p for p in order if p.system == "transformer-experts"]
+    assert (begun[0].stage, begun[0].learning_rate) == ("epoch", 0.25e-3)  # of the system that it is a variant of
+    tried = [p.learning_rate for p in begun if p.stage == "rate"]
     assert tried[:3] == [0.125e-3, 0.25e-3, 0.5e-3]  # around the best of the system that it is a variant of
     diverged = {k: r | {"val_loss": None if k[3] == 2e-3 else r["val_loss"]} for k, r in done.items()}
     assert study.trials(diverged, "hymba")[1] != 2e-3
@@ -81,6 +83,12 @@ def test_a_run_is_recorded_and_goes_on(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(study, "START", 0)
     toy(0).work(None)  # no time: nothing is begun
     assert not (tmp_path / "runs.jsonl").exists() and not (tmp_path / "out").exists()
+    monkeypatch.setattr(study, "seconds", lambda plan, done: 300)
+    driver = toy(600)
+    driver.deadline -= 400  # it would not end in time
+    assert driver.next(None) is None
+    driver.whole = 200  # nor would it the next time, so it begins, and goes on then
+    assert driver.next(None) == plan
     toy(600).work(None)
     (row,) = study.read(tmp_path / "runs.jsonl").values()
     assert row["val_loss"] > 0 and row["commit"] == "abc" and row["device"] == "cpu" and len(row["words_data"]) == 12
@@ -203,4 +211,4 @@ def test_tables_and_pictures(tmp_path, capsys):
 def plans_of(system: str) -> list[study.Plan]:
     rates = [study.Plan(system, "small", "rate", study.TRIAL, rate) for rate in (0.5e-3, 1e-3, *study.RATES)]
     epochs = [study.Plan(system, "small", "epoch", study.EPOCH, 1e-3, seed) for seed in (1, 2)]
-    return rates + epochs + [study.Plan(system, "recall", "recall", study.RECALL, 1e-3)]
+    return rates + epochs + [study.Plan(system, "recall", "recall", study.RECALL, study.RECALL_RATES[0])]
