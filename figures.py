@@ -2,6 +2,7 @@
 The tables and pictures of study.py, from the rows of results/runs.jsonl.
 """
 
+import math
 import statistics
 from pathlib import Path
 
@@ -26,10 +27,32 @@ def cache_mb(row: dict) -> float:
     return cost.cache_bytes(HymbaConfig(**config_fields(row["flags"])), 8192) / 1e6
 
 
-def best_recall(done: dict, system: str) -> dict | None:
-    """The run of recall at the better rate."""
-    rows = [done.get(("recall", system, "recall", rate, 1)) for rate in RECALL_RATES]
-    return max((r for r in rows if r and r.get("accuracy")), key=lambda r: r["accuracy"], default=None)
+def best_recall(done: dict, system: str) -> list[dict]:
+    """The runs of recall at the better rate, one for each seed."""
+    rows = [[done.get(("recall", system, "recall", rate, seed)) for seed in (1, 2)] for rate in RECALL_RATES]
+    return max(([r for r in seeds if r and r.get("accuracy")] for seeds in rows), key=mean_recall)
+
+
+def mean_recall(rows: list[dict]) -> float:
+    return statistics.mean([r["accuracy"] for r in rows] or [0.0])
+
+
+def device(row: dict) -> str:
+    """H100 of "NVIDIA H100 80GB HBM3": speeds of different devices are not to be compared."""
+    return row["device"].removeprefix("NVIDIA ").split()[0]
+
+
+def half_intervals(done: dict) -> dict[str, float]:
+    """Of each system's mean loss, half the 95% confidence interval, as if seeds differed as much in all systems: the
+    variance is pooled. Empty while no system has two seeds."""
+    rows = {system: [r["val_loss"] for r in runs] for system, runs in ranking(done).items()}
+    free = sum(len(losses) - 1 for losses in rows.values())  # degrees of freedom
+    if not free:
+        return {}
+    squares = sum((loss - statistics.mean(losses)) ** 2 for losses in rows.values() for loss in losses)
+    z = statistics.NormalDist().inv_cdf(0.975)
+    t = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)  # Student's, within 1% from 5 on
+    return {system: t * math.sqrt(squares / free / len(losses)) for system, losses in rows.items()}
 
 
 def needles(row: dict) -> dict[int, float]:
@@ -41,30 +64,30 @@ def needles(row: dict) -> dict[int, float]:
 
 
 def table(done: dict) -> str:
-    """A line for each system with an epoch: loss (mean of seeds, half their range), and what else is known."""
-    heads = ["system", "pattern", "loss", "+/-", "bits per byte", "rate", "recall", "needle", "training, tokens/s"]
-    lines = [[*heads, "decode, tokens/s", "cache, MB"], ["---"] * 11]
+    """A line for each system with an epoch: loss (mean of seeds, half its confidence interval), and what else is known
+    of the first seed."""
+    heads = ["system", "pattern", "seeds", "loss", "+/-", "bits per byte", "rate", "recall", "needle"]
+    lines = [[*heads, "training, tokens/s", "decode, tokens/s", "on", "cache, MB"], ["---"] * 13]
+    halves = half_intervals(done)
     for system, rows in ranking(done).items():
-        first, losses, recall = rows[0], [r["val_loss"] for r in rows], best_recall(done, system)
-        half = f"{(max(losses) - min(losses)) / 2:.4f}" if len(losses) > 1 else ""
-        decode = first.get("decode_tokens_per_s")
-        cells = [system, f"`{first['flags']['pattern']}`", f"{mean_loss(rows):.4f}", half]
-        cells += [f"{statistics.mean(r['val_bpb'] for r in rows):.4f}", f"{first['learning_rate']:g}"]
+        first, recall = rows[0], best_recall(done, system)
+        half, decode = halves.get(system), first.get("decode_tokens_per_s")
+        cells = [system, f"`{first['flags']['pattern']}`", f"{len(rows)}", f"{mean_loss(rows):.3f}"]
+        cells += [f"{half:.3f}" if half else "", f"{statistics.mean(r['val_bpb'] for r in rows):.3f}"]
         needle = needles(first).get(first["flags"]["block_size"])
-        cells += [f"{recall['accuracy']:.3f}" if recall else "", "" if needle is None else f"{needle:.2f}"]
-        cells += [f"{first['tokens_per_s']:,.0f}"]
-        lines.append([*cells, f"{decode:,.0f}" if decode else "", f"{cache_mb(first):.2f}"])
+        cells += [f"{first['learning_rate']:g}", f"{mean_recall(recall):.2f}" if recall else ""]
+        cells += ["" if needle is None else f"{needle:.2f}", f"{first['tokens_per_s']:,.0f}"]
+        lines.append([*cells, f"{decode:,.0f}" if decode else "", device(first), f"{cache_mb(first):.1f}"])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def draw_losses(ax, done: dict) -> None:
-    rows = ranking(done)
-    for y, runs in enumerate(rows.values()):
-        ax.plot([mean_loss(runs)] * 2, [y - 0.3, y + 0.3], "C0", lw=2)
+    rows, halves = ranking(done), half_intervals(done)
+    for y, (system, runs) in enumerate(rows.items()):
+        ax.errorbar(mean_loss(runs), y, xerr=halves.get(system), fmt="C0|", ms=12, capsize=3)
         ax.plot([r["val_loss"] for r in runs], [y] * len(runs), "C0o", ms=4)
-    ax.set(
-        yticks=range(len(rows)), yticklabels=rows, xlabel="validation loss after an epoch, nats per token (seeds, mean)"
-    )
+    ax.set(yticks=range(len(rows)), yticklabels=rows, xlabel="validation loss after an epoch, nats per token")
+    ax.set_title("seeds, mean, and 95% interval (pooled variance)", fontsize="small")
     ax.invert_yaxis()
 
 
@@ -104,22 +127,26 @@ def draw_against(ax, points: dict[str, tuple[float, float]], x: str, y: str) -> 
 
 
 def draw_throughput(ax, done: dict) -> None:
-    speeds = {s: (runs[0].get("decode_tokens_per_s"), mean_loss(runs)) for s, runs in ranking(done).items()}
-    points = {system: point for system, point in speeds.items() if point[0]}
-    draw_against(ax, points, "decoding 64 sequences of 8,192 tokens, tokens/s", "validation loss, nats per token")
+    """Of the systems that were timed on the device that most were timed on."""
+    rows = {system: runs for system, runs in ranking(done).items() if runs[0].get("decode_tokens_per_s")}
+    most = statistics.mode([device(runs[0]) for runs in rows.values()] or [""])
+    same = {system: runs for system, runs in rows.items() if device(runs[0]) == most}
+    points = {system: (runs[0]["decode_tokens_per_s"], mean_loss(runs)) for system, runs in same.items()}
+    x = f"decoding 64 sequences of 8,192 tokens, tokens/s of one {most}"
+    draw_against(ax, points, x, "validation loss, nats per token")
 
 
 def draw_recall(ax, done: dict) -> None:
-    rows = {system: row for system in MAIN if (row := best_recall(done, system))}
-    points = {system: (row["cache_bytes"] / 1e3, row["accuracy"]) for system, row in rows.items()}
+    rows = {system: runs for system in MAIN if (runs := best_recall(done, system))}
+    points = {system: (runs[0]["cache_bytes"] / 1e3, mean_recall(runs)) for system, runs in rows.items()}
     draw_against(ax, points, "cache of one record, KB", "accuracy of recall, mean over 4 to 256 pairs")
 
 
 def draw_pairs(ax, done: dict) -> None:
     for system in MAIN:
-        if row := best_recall(done, system):
-            shares = [u["accuracy"] for u in row["pairs"].values()]
-            ax.plot([int(n) for n in row["pairs"]], shares, "o-", color=COLORS[system], label=system)
+        if runs := best_recall(done, system):
+            shares = [statistics.mean(r["pairs"][n]["accuracy"] for r in runs) for n in runs[0]["pairs"]]
+            ax.plot([int(n) for n in runs[0]["pairs"]], shares, "o-", color=COLORS[system], label=system)
     ax.set(xscale="log", xlabel="pairs", ylabel="accuracy of recall")
 
 
@@ -145,13 +172,14 @@ def draw_ladder(ax, done: dict) -> None:
     rows = ranking(done)
     here = [system for system in PAPER if system in rows]
     ax.plot(here, [mean_loss(rows[system]) for system in here], "ko-", label="loss here")
-    ax.set(ylabel="validation loss, nats per token (up is worse)")
+    ax.set(ylabel="validation loss, nats per token (less is higher)")
+    ax.invert_yaxis()
     ax.tick_params(axis="x", rotation=25)
     right = ax.twinx()
     for i, name in enumerate(("general tasks", "recall tasks")):
         right.plot(here, [PAPER[system][i] for system in here], f"C{i}s--", label=f"{name}, the paper's")
     right.set(ylabel="accuracy, %")
-    right.legend(loc="center right", fontsize="small")
+    right.legend(loc="lower right", fontsize="small")
 
 
 PICTURES = {

@@ -213,12 +213,13 @@ def plans(done: dict) -> Iterator[Plan]:
         yield Plan(system, "recall", "recall", RECALL, RECALL_RATES[0])
     for system in variants:
         yield Plan(system, "small", "epoch", EPOCH, best[system])
-    for system in MAIN:
-        yield Plan(system, "recall", "recall", RECALL, RECALL_RATES[1])
+    for rate, seed in zip(RECALL_RATES, (2, 1), strict=True):  # seeds differ more than rates
+        for system in MAIN:
+            yield Plan(system, "recall", "recall", RECALL, rate, seed)
     for system in ("transformer", "mamba", "inter"):  # Hymba's own operations are the measure
         yield Plan(system, "small", "flops", EPOCH, best[system])
     ranked = list(dict.fromkeys([*ranking(done), *SYSTEMS]))
-    for system in ranked[:5]:
+    for system in [system for system in ranked if system in MAIN][:5]:
         yield Plan(system, "small", "long", 4 * EPOCH, best[system])
     for system in variants:
         for rate in trials(done, system)[0]:
@@ -249,7 +250,7 @@ def seconds(plan: Plan, done: dict) -> float:
     rows = [(key, row["tokens_per_s"]) for key, row in done.items() if key[:2] == (plan.scale, plan.system)]
     speeds = [speed / (BESIDE if shares(stage, seed) else 1) for (_, _, stage, _, seed), speed in rows if speed]
     guess = min(SPEED * SCALES["small"].parameters / SCALES[plan.scale].parameters, FASTEST)
-    measuring = 0 if plan.stage == "rate" or plan.seed > 1 else MEASURING
+    measuring = {"rate": 0, "long": 2 * MEASURING}.get(plan.stage, MEASURING)
     return START + plan.tokens / (max(speeds) if speeds else guess) / (BESIDE if plan.shares else 1) + measuring
 
 
@@ -314,8 +315,10 @@ def decode_speed(plan: Plan, env: dict) -> float:
 
 
 def measure(plan: Plan, env: dict, texts: list[Path]) -> dict:
-    """What else is known of a trained model: of recall, accuracies; of text, losses by position and the needle."""
+    """What else is known of a trained model: of recall, accuracies, and what removing heads costs; of text, losses by
+    position and the needle, and after the longest training heads and attention, too."""
     folder = ROOT / "out" / "study" / plan.name
+    data = plan.flags()["dataset"]
 
     def evaluate(task: str, *options: str) -> dict:
         out = folder / f"{task}.json"
@@ -324,14 +327,18 @@ def measure(plan: Plan, env: dict, texts: list[Path]) -> dict:
         return next(iter(json.loads(out.read_text())["models"].values()))
 
     if plan.stage == "recall":
-        result = evaluate("recall")
-        return {name: result[name] for name in ("accuracy", "pairs", "cache_bytes")}
+        found = evaluate("recall")
+        result = {name: found[name] for name in ("accuracy", "pairs", "cache_bytes")}
+        return result | {"heads": evaluate("heads")["recall"]}
     if plan.stage == "rate" or plan.seed > 1:
         return {}
     result = {
         "position": evaluate("loss")["texts"],
         "needle": evaluate("needle", "--needle=pass_key = {}", "--trials=32"),
     }
+    if plan.stage == "long":
+        result["heads"] = evaluate("heads")["loss"]
+        result["attention"] = evaluate("attention")["texts"][data]["blocks"]
     if texts:
         losses = evaluate("loss", *(f"--text={text}" for text in texts))["texts"]
         result["texts"] = {Path(text).name: loss for text, loss in losses.items()}

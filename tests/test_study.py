@@ -19,6 +19,7 @@ import study
 def made_up(plan: study.Plan, loss: float) -> dict:
     row = {"scale": plan.scale, "system": plan.system, "stage": plan.stage, "tokens": plan.tokens, "seed": plan.seed}
     row |= {"learning_rate": plan.learning_rate, "flags": plan.flags(), "val_loss": loss, "val_bpb": loss / 2}
+    row |= {"device": "NVIDIA H100 80GB HBM3"}
     row |= {"tokens_per_s": 1e6, "curve": [(i, loss + 1 / i) for i in range(1, 200)]}
     if plan.stage == "recall":
         return row | {"accuracy": 0.5, "pairs": {"4": {"accuracy": 0.9}, "8": {"accuracy": 0.1}}, "cache_bytes": 1000}
@@ -180,6 +181,18 @@ def test_cut_off_runs_go_on(toy, tmp_path, monkeypatch):
     assert study.train(plan, os.environ, 0) is None  # on other data: begun anew, and stopped
 
 
+def test_what_is_measured(toy, tmp_path):
+    """After an epoch, position, needle and other texts; after more, heads and attention, too; speed is not."""
+    for name in ("bench.py", "evaluate.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "text.txt").write_text("a few words of text " * 40)
+    plan = study.Plan("hymba", "small", "long", 8 * 32, 1e-3)
+    study.train(plan, os.environ, time.monotonic() + 600)
+    found = study.measure(plan, os.environ, [tmp_path / "text.txt"])
+    assert set(found) == {"position", "needle", "heads", "attention", "texts"} and "text.txt" in found["texts"]
+    assert len(found["heads"]["ssm"]) == len(found["attention"]) == 3
+
+
 def shorter(flags, folder):
     """A plan's flags, with an end just behind the checkpoint that there is."""
     steps = json.loads((folder / "last/config.json").read_text())["step"] + 10
@@ -197,7 +210,9 @@ def test_tables_and_pictures(tmp_path, capsys):
     assert list(study.read(results)) == list(done)  # on the data of the last line
     study.main(["--list", "--figures", f"--results={tmp_path}"])
     out = capsys.readouterr().out
-    assert "| hymba | `HhhhhHhhhhhH` | 1.5150 | 0.0050 | 0.7575 | 0.001 | 0.500 | 0.50 | 1,000,000 | 10,000 |" in out
+    pattern = "`HhhhhHhhhhhH`"
+    row = f"| hymba | {pattern} | 2 | 1.515 | 0.014 | 0.758 | 0.001 | 0.50 | 0.50 | 1,000,000 | 10,000 | H100 | 2"
+    assert row in out
     assert "hours on one GPU" in out and all((tmp_path / f"{name}.png").stat().st_size for name in figures.PICTURES)
     wrong = {"nothing to do": [], "=nan: must": ["--minutes=nan"], "more than 0": ["--minutes=-1"]}
     for message, args in (wrong | {"no file or folder none": ["--minutes=1", "--text=none"]}).items():
@@ -206,6 +221,19 @@ def test_tables_and_pictures(tmp_path, capsys):
     results.write_text('{"scale": 3}\n')
     with pytest.raises(ValueError, match="runs.jsonl, line 1"):
         study.main(["--list", f"--results={tmp_path}"])
+
+
+def test_confidence_intervals():
+    """The variance of seeds is pooled: four systems with seeds 0.01 apart, and one with one seed."""
+    systems, done = study.MAIN[:5], {}
+    for plan in (p for system in systems for p in plans_of(system)):
+        if plan.stage != "epoch" or (plan.system, plan.seed) != (systems[4], 2):
+            done[plan.key] = made_up(plan, 1.5 + abs(plan.learning_rate - 1e-3) + plan.seed / 100)
+    t, sd = 2.776, 0.01 / math.sqrt(2)  # of a table, 4 degrees of freedom
+    wanted = dict.fromkeys(systems[:4], t * sd / math.sqrt(2)) | {systems[4]: t * sd}
+    assert figures.half_intervals(done) == pytest.approx(wanted, rel=0.02)
+    one = {key: row for key, row in done.items() if key[4] == 1}
+    assert figures.half_intervals(one) == {} and "| 1 | 1.510 |  | 0.755 |" in figures.table(one)
 
 
 def plans_of(system: str) -> list[study.Plan]:
