@@ -7,6 +7,7 @@ not ask for the fixture `kernels_on`.
 
 import math
 import os
+import signal
 
 import hypothesis
 import numpy as np
@@ -67,6 +68,15 @@ on_device = pytest.mark.parametrize(
 @pytest.fixture(autouse=True)
 def _kernels_off(monkeypatch):
     monkeypatch.setattr(ops, "KERNELS", {})
+
+
+@pytest.fixture(autouse=True)
+def _signals():
+    """Scripts choose what a kill does. In a test's own process that may not stay: a child that is forked later and then
+    killed would not end, but go on in the tests."""
+    yield
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

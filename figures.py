@@ -3,6 +3,7 @@ The tables and pictures of study.py, from the rows of results/runs.jsonl.
 """
 
 import math
+import re
 import statistics
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def cache_mb(row: dict) -> float:
 def best_recall(done: dict, system: str) -> list[dict]:
     """The runs of recall at the better rate, one for each seed."""
     rows = [[done.get(("recall", system, "recall", rate, seed)) for seed in (1, 2)] for rate in RECALL_RATES]
-    return max(([r for r in seeds if r and r.get("accuracy")] for seeds in rows), key=mean_recall)
+    return max(([r for r in seeds if r and r.get("accuracy") is not None] for seeds in rows), key=mean_recall)
 
 
 def mean_recall(rows: list[dict]) -> float:
@@ -39,19 +40,26 @@ def mean_recall(rows: list[dict]) -> float:
 
 def device(row: dict) -> str:
     """H100 of "NVIDIA H100 80GB HBM3": speeds of different devices are not to be compared."""
-    return row["device"].removeprefix("NVIDIA ").split()[0]
+    return re.sub(r"NVIDIA | \d+GB.*", "", row.get("device", "?"))
+
+
+def timed(rows: dict[str, list[dict]]) -> dict[str, dict]:
+    """Of each system, the first seed, which had a GPU for itself: of those on the device that most were timed on."""
+    first = {system: runs[0] for system, runs in rows.items() if runs[0]["seed"] == 1}
+    most = statistics.mode([device(row) for row in first.values()] or [""])
+    return {system: row for system, row in first.items() if device(row) == most}
 
 
 def half_intervals(done: dict) -> dict[str, float]:
     """Of each system's mean loss, half the 95% confidence interval, as if seeds differed as much in all systems: the
-    variance is pooled. Empty while no system has two seeds."""
+    variance is pooled. Empty while fewer than five systems have two seeds."""
     rows = {system: [r["val_loss"] for r in runs] for system, runs in ranking(done).items()}
     free = sum(len(losses) - 1 for losses in rows.values())  # degrees of freedom
-    if not free:
+    if free < 5:
         return {}
     squares = sum((loss - statistics.mean(losses)) ** 2 for losses in rows.values() for loss in losses)
     z = statistics.NormalDist().inv_cdf(0.975)
-    t = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)  # Student's, within 1% from 5 on
+    t = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)  # Student's, within 1%
     return {system: t * math.sqrt(squares / free / len(losses)) for system, losses in rows.items()}
 
 
@@ -64,20 +72,21 @@ def needles(row: dict) -> dict[int, float]:
 
 
 def table(done: dict) -> str:
-    """A line for each system with an epoch: loss (mean of seeds, half its confidence interval), and what else is known
-    of the first seed."""
+    """A line for each system with an epoch: the means of loss (and half its confidence interval), bits per byte and
+    recall over seeds, and what else is known of the first."""
     heads = ["system", "pattern", "seeds", "loss", "+/-", "bits per byte", "rate", "recall", "needle"]
     lines = [[*heads, "training, tokens/s", "decode, tokens/s", "on", "cache, MB"], ["---"] * 13]
     halves = half_intervals(done)
     for system, rows in ranking(done).items():
         first, recall = rows[0], best_recall(done, system)
-        half, decode = halves.get(system), first.get("decode_tokens_per_s")
+        speeds = [first["tokens_per_s"] if first["seed"] == 1 else None, first.get("decode_tokens_per_s")]
+        half = halves.get(system)
         cells = [system, f"`{first['flags']['pattern']}`", f"{len(rows)}", f"{mean_loss(rows):.3f}"]
         cells += [f"{half:.3f}" if half else "", f"{statistics.mean(r['val_bpb'] for r in rows):.3f}"]
         needle = needles(first).get(first["flags"]["block_size"])
         cells += [f"{first['learning_rate']:g}", f"{mean_recall(recall):.2f}" if recall else ""]
-        cells += ["" if needle is None else f"{needle:.2f}", f"{first['tokens_per_s']:,.0f}"]
-        lines.append([*cells, f"{decode:,.0f}" if decode else "", device(first), f"{cache_mb(first):.1f}"])
+        cells += ["" if needle is None else f"{needle:.2f}", *(f"{speed:,.0f}" if speed else "" for speed in speeds)]
+        lines.append([*cells, device(first), f"{cache_mb(first):.1f}"])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
@@ -102,7 +111,7 @@ def draw_rates(ax, done: dict) -> None:
 
 def draw_curves(ax, done: dict, seconds: bool) -> None:
     """Training loss, a mean over neighbours, against operations or seconds of training."""
-    rows = {system: runs[0] for system, runs in ranking(done).items() if system in MAIN}
+    rows = timed({system: runs for system, runs in ranking(done).items() if system in MAIN})
     for system, row in rows.items():
         flags = row["flags"]
         tokens = flags["batch_size"] * flags["block_size"]
@@ -122,18 +131,16 @@ def draw_against(ax, points: dict[str, tuple[float, float]], x: str, y: str) -> 
     for system, point in points.items():
         ax.plot(*point, "o", color=COLORS[system])
         ax.annotate(system, point, (5, 3), textcoords="offset points", fontsize="small")
-    ax.margins(x=0.12)  # for the last name
+    ax.margins(x=0.2)  # for the last name
     ax.set(xscale="log", xlabel=x, ylabel=y)
 
 
 def draw_throughput(ax, done: dict) -> None:
-    """Of the systems that were timed on the device that most were timed on."""
-    rows = {system: runs for system, runs in ranking(done).items() if runs[0].get("decode_tokens_per_s")}
-    most = statistics.mode([device(runs[0]) for runs in rows.values()] or [""])
-    same = {system: runs for system, runs in rows.items() if device(runs[0]) == most}
-    points = {system: (runs[0]["decode_tokens_per_s"], mean_loss(runs)) for system, runs in same.items()}
-    x = f"decoding 64 sequences of 8,192 tokens, tokens/s of one {most}"
+    rows = {system: row for system, row in timed(ranking(done)).items() if row.get("decode_tokens_per_s")}
+    points = {system: (row["decode_tokens_per_s"], mean_loss(ranking(done)[system])) for system, row in rows.items()}
+    x = "decoding 64 sequences of 8,192 tokens, tokens/s"
     draw_against(ax, points, x, "validation loss, nats per token")
+    ax.set_title(", ".join({device(row) for row in rows.values()}), fontsize="small")
 
 
 def draw_recall(ax, done: dict) -> None:

@@ -6,10 +6,10 @@ many parameters.
     python study.py --minutes=9        # run what is missing, the most important first, for so long
     python study.py --figures          # tables and pictures of what is done
 
-Each run is a train.py of its own, on each GPU one at a time while its speed is taken, else two: one starts while the
-other trains. It adds a line to results/runs.jsonl: what was trained, with which flags, code, data and device, and what
-came out. A run that was cut off goes on from its checkpoint in out/study/, or starts anew where that is gone. Learning
-rates are chosen first, for each system by itself; a variant begins with the rate of the system that it varies.
+Each run is a train.py of its own, on each GPU one at a time while its speed is taken, else two if they fit: one starts
+while the other trains. It adds a line to results/runs.jsonl: what was trained, with which flags, code, data and device,
+and what came out. A run that was cut off goes on from its checkpoint in out/study/, or starts anew where that is gone.
+Learning rates are chosen first, for each system by itself; a variant begins with the rate of the system that it varies.
 
 Data: python prepare.py python --site-packages --tokenizer=bpe:16384 --name=study
       python recall.py
@@ -100,7 +100,7 @@ SCALES = {
 }
 EPOCH, TRIAL, RECALL = 97e6, 25e6, 262e6  # tokens of the corpus, of a trial of a learning rate, and of a run of recall
 RATES, RECALL_RATES = (2e-3, 4e-3, 8e-3), (3e-3, 6e-3)
-START, MEASURING = 40, 50  # seconds before the first step; of measure
+START, MEASURING = 40, 50  # seconds before the first step; of decode_speed and measure
 SPEED = 700_000  # tokens/s of runs that are like none before, at the small scale
 FASTEST = 3_000_000  # of such runs, at any scale: the host has to keep up
 BESIDE = 0.6  # of its speed, what a run keeps beside another on the same GPU
@@ -213,7 +213,7 @@ def plans(done: dict) -> Iterator[Plan]:
         yield Plan(system, "recall", "recall", RECALL, RECALL_RATES[0])
     for system in variants:
         yield Plan(system, "small", "epoch", EPOCH, best[system])
-    for rate, seed in zip(RECALL_RATES, (2, 1), strict=True):  # seeds differ more than rates
+    for rate, seed in zip(RECALL_RATES, (2, 1), strict=True):
         for system in MAIN:
             yield Plan(system, "recall", "recall", RECALL, rate, seed)
     for system in ("transformer", "mamba", "inter"):  # Hymba's own operations are the measure
@@ -224,8 +224,8 @@ def plans(done: dict) -> Iterator[Plan]:
     for system in variants:
         for rate in trials(done, system)[0]:
             yield Plan(system, "small", "rate", TRIAL, rate)
-    for system in variants:
-        yield Plan(system, "small", "epoch", EPOCH, best[system], seed=2)
+    for system in variants:  # once its own rate is known
+        yield Plan(system, "small", "epoch", EPOCH, trials(done, system)[1], seed=2)
     for system in dict.fromkeys(["transformer", "mamba", "inter", "hymba", ranked[0]]):  # twice as wide: half the rate
         yield Plan(system, "large", "epoch", 2 * EPOCH, best[system] / 2)
 
@@ -245,13 +245,22 @@ def mean_loss(rows: list[dict]) -> float:
     return statistics.mean(r["val_loss"] for r in rows)
 
 
+def measuring(plan: Plan) -> float:
+    """How long it will take to measure what was trained."""
+    if plan.stage == "rate" or (plan.stage != "recall" and plan.seed > 1):
+        return 0
+    return 2 * MEASURING if plan.stage == "long" else MEASURING
+
+
 def seconds(plan: Plan, done: dict) -> float:
-    """How long a run will take, at most: at the speed of a run of the same system and scale, if there is one."""
+    """How long a run will take: as long as the slowest of the same system and scale, if there is one. Those that had a
+    GPU to themselves say it best; what others had beside them is not known."""
     rows = [(key, row["tokens_per_s"]) for key, row in done.items() if key[:2] == (plan.scale, plan.system)]
-    speeds = [speed / (BESIDE if shares(stage, seed) else 1) for (_, _, stage, _, seed), speed in rows if speed]
+    alone = [speed for (_, _, stage, _, seed), speed in rows if speed and not shares(stage, seed)]
+    others = [speed for (_, _, stage, _, seed), speed in rows if speed and shares(stage, seed)]
     guess = min(SPEED * SCALES["small"].parameters / SCALES[plan.scale].parameters, FASTEST)
-    measuring = {"rate": 0, "long": 2 * MEASURING}.get(plan.stage, MEASURING)
-    return START + plan.tokens / (max(speeds) if speeds else guess) / (BESIDE if plan.shares else 1) + measuring
+    speed = min(others) if others and not alone else min(alone or [guess]) * (BESIDE if plan.shares else 1)
+    return START + plan.tokens / speed + measuring(plan)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -361,14 +370,15 @@ class Driver:
             self.origin[f"{flags['dataset']}_data"] = meta["train"]["sha256"][:12]
 
     def next(self, gpu: int | None) -> Plan | None:
-        """The first plan that is not done, is not being run, has a rate, and will end in time (or never would: it goes
-        on the next time), once the GPU has room for it: one run that is timed, or two that are not, or no longer."""
+        """The first plan that is not done, is not being run, has a rate, and will end in time, once the GPU has room:
+        for one run that is timed, or two that are not, or no longer. One for which no call of so many minutes has the
+        time begins nevertheless, and goes on in the next if out/ is still there."""
         with self.turn:
             while True:
                 done, left = read(self.results, self.origin), self.deadline - time.monotonic()
                 beside = [plan for plan, where in self.running.items() if where == gpu]
                 new = [p for p in plans(done) if p.learning_rate and p.key not in done and p not in self.running]
-                long = self.whole if left > START else math.inf
+                long = self.whole - START if left > 4 * START else math.inf
                 plan = next((p for p in new if not left <= seconds(p, done) <= long), None)
                 if plan is None or not beside or (plan.shares and not self.timed & set(beside)):
                     break
@@ -400,7 +410,7 @@ class Driver:
             row = None
             try:
                 print(f"{time.strftime('%H:%M:%S')} {plan.name} on {device}", flush=True)
-                if (outcome := train(plan, env, self.deadline)) is None:
+                if (outcome := train(plan, env, self.deadline - measuring(plan))) is None:
                     return
                 if outcome["val_loss"] is not None:
                     if not plan.shares and gpu is not None:

@@ -13,6 +13,7 @@ from runs import ROOT
 
 import cost
 import figures
+import recall
 import study
 
 
@@ -36,7 +37,12 @@ def test_the_study_ends_and_repeats_nothing():
         done[plan.key] = {"val_loss": 1.5 + far / 10, "tokens_per_s": 1e6} | plan.__dict__
         order.append(plan)
     assert all(p.key in done for p in study.plans(done)) and len({p.name for p in order}) == len(order)
-    assert [p.stage for p in order[:4]] == ["rate"] * 3 + ["rate"] and order[0].system == "transformer"
+    assert [p.stage for p in order[:4]] == ["rate"] * 4 and order[0].system == "transformer"
+    stages = list(dict.fromkeys((p.scale, p.stage, p.seed, p.system in study.MAIN) for p in order))
+    main, variant, one = ("small", "epoch", 2, True), ("small", "epoch", 1, False), ("recall", "recall", 1, True)
+    last = [("small", "long", 1, True), ("small", "rate", 1, False), ("small", "epoch", 2, False)]
+    found = [stages.index(stage) for stage in (main, one, variant, *last)]
+    assert found == sorted(found) and [stage for stage in stages if stage[1] == "long"] == last[:1]
     rate = {p.system: p.learning_rate for p in order if (p.scale, p.stage) == ("small", "epoch")}  # the last
     assert rate == dict.fromkeys(study.SYSTEMS, 2e-3) | optimum
     assert {p.seed for p in order if p.stage == "epoch" and p.system == "hymba" and p.scale == "small"} == {1, 2}
@@ -46,6 +52,23 @@ def test_the_study_ends_and_repeats_nothing():
     assert tried[:3] == [0.125e-3, 0.25e-3, 0.5e-3]  # around the best of the system that it is a variant of
     diverged = {k: r | {"val_loss": None if k[3] == 2e-3 else r["val_loss"]} for k, r in done.items()}
     assert study.trials(diverged, "hymba")[1] != 2e-3
+
+
+def test_how_long_a_run_takes():
+    """At the speed of runs that had a GPU to themselves, or else of the slowest; then comes what is to be measured."""
+    new = lambda *args, **options: study.Plan("hymba", "small", *args, 1e-3, **options)  # noqa: E731
+    speeds = lambda *plans: {plan.key: {"tokens_per_s": speed} for plan, speed in plans}  # noqa: E731
+    rate, epoch, second = new("rate", 1e6), new("epoch", 1e6), new("epoch", 1e6, seed=2)
+    start, measuring, beside = study.START, study.MEASURING, study.BESIDE
+    assert study.seconds(rate, {}) == start + 1e6 / study.SPEED / beside
+    known = speeds((rate, 1000), (second, 2000))
+    assert study.seconds(epoch, known) == start + 1000 + measuring
+    assert study.seconds(second, known) == start + 1000
+    known |= speeds((epoch, 1600))
+    assert study.seconds(new("long", 1e6), known) == start + 625 + 2 * measuring
+    assert study.seconds(rate, known) == start + 625 / beside
+    recall = study.Plan("hymba", "recall", "recall", 1e6, 1e-3, seed=2)
+    assert study.seconds(recall, known) == start + 1e6 / study.FASTEST / beside + measuring
 
 
 @pytest.mark.parametrize("scale", study.SCALES)
@@ -181,16 +204,30 @@ def test_cut_off_runs_go_on(toy, tmp_path, monkeypatch):
     assert study.train(plan, os.environ, 0) is None  # on other data: begun anew, and stopped
 
 
-def test_what_is_measured(toy, tmp_path):
-    """After an epoch, position, needle and other texts; after more, heads and attention, too; speed is not."""
+def test_what_is_measured(toy, tmp_path, monkeypatch):
+    """After an epoch, position, needle and other texts; after more, heads and attention, too; of recall, accuracy and
+    what heads are worth; of trials and second seeds, nothing."""
     for name in ("bench.py", "evaluate.py"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "text.txt").write_text("a few words of text " * 40)
-    plan = study.Plan("hymba", "small", "long", 8 * 32, 1e-3)
-    study.train(plan, os.environ, time.monotonic() + 600)
+    new = lambda *args, **options: study.Plan("hymba", *args, 8 * 32, 1e-3, **options)  # noqa: E731
+    for plan in (new("small", "rate"), new("small", "epoch", seed=2)):
+        assert study.measure(plan, os.environ, []) == {}
+    study.train(plan := new("small", "long"), os.environ, time.monotonic() + 600)
     found = study.measure(plan, os.environ, [tmp_path / "text.txt"])
     assert set(found) == {"position", "needle", "heads", "attention", "texts"} and "text.txt" in found["texts"]
     assert len(found["heads"]["ssm"]) == len(found["attention"]) == 3
+    words = (tmp_path / "data").resolve()
+    (tmp_path / "data").unlink()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/words").symlink_to(words / "words")
+    recall.prepare_recall([2, 4], 100, data_dir=tmp_path / "data")
+    few = study.SCALES["recall"].flags | {"dataset": "recall", "vocab_size": 32}
+    monkeypatch.setitem(study.SCALES, "recall", study.Scale(30_000, few))
+    study.train(plan := new("recall", "recall", seed=2), os.environ, time.monotonic() + 600)
+    found = study.measure(plan, os.environ, [])
+    assert set(found) == {"accuracy", "pairs", "cache_bytes", "heads"} and list(found["pairs"]) == ["2", "4"]
+    assert len(found["heads"]["attn"]) == 3 and found["heads"]["whole"] == pytest.approx(found["accuracy"], abs=0.1)
 
 
 def shorter(flags, folder):
@@ -203,7 +240,7 @@ def test_tables_and_pictures(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     results = tmp_path / "runs.jsonl"
     done = {}
-    for plan in (p for system in study.MAIN[:4] for p in plans_of(system)):
+    for plan in (p for system in study.MAIN[:5] for p in plans_of(system)):
         done[plan.key] = made_up(plan, 1.5 + abs(plan.learning_rate - 1e-3) + plan.seed / 100)
     other = [row | {"seed": 3, "study_data": "other"} for row in done.values() if row["stage"] == "epoch"]
     results.write_text("".join(json.dumps(row) + "\n" for row in [*other, *done.values()]))
@@ -211,7 +248,7 @@ def test_tables_and_pictures(tmp_path, capsys):
     study.main(["--list", "--figures", f"--results={tmp_path}"])
     out = capsys.readouterr().out
     pattern = "`HhhhhHhhhhhH`"
-    row = f"| hymba | {pattern} | 2 | 1.515 | 0.014 | 0.758 | 0.001 | 0.50 | 0.50 | 1,000,000 | 10,000 | H100 | 2"
+    row = f"| hymba | {pattern} | 2 | 1.515 | 0.013 | 0.758 | 0.001 | 0.50 | 0.50 | 1,000,000 | 10,000 | H100 | 2"
     assert row in out
     assert "hours on one GPU" in out and all((tmp_path / f"{name}.png").stat().st_size for name in figures.PICTURES)
     wrong = {"nothing to do": [], "=nan: must": ["--minutes=nan"], "more than 0": ["--minutes=-1"]}
@@ -224,16 +261,46 @@ def test_tables_and_pictures(tmp_path, capsys):
 
 
 def test_confidence_intervals():
-    """The variance of seeds is pooled: four systems with seeds 0.01 apart, and one with one seed."""
-    systems, done = study.MAIN[:5], {}
+    """The variance of seeds is pooled: five systems with seeds 0.01 apart, and one with one seed."""
+    systems, done = study.MAIN[:6], {}
     for plan in (p for system in systems for p in plans_of(system)):
-        if plan.stage != "epoch" or (plan.system, plan.seed) != (systems[4], 2):
+        if plan.stage != "epoch" or (plan.system, plan.seed) != (systems[5], 2):
             done[plan.key] = made_up(plan, 1.5 + abs(plan.learning_rate - 1e-3) + plan.seed / 100)
-    t, sd = 2.776, 0.01 / math.sqrt(2)  # of a table, 4 degrees of freedom
-    wanted = dict.fromkeys(systems[:4], t * sd / math.sqrt(2)) | {systems[4]: t * sd}
-    assert figures.half_intervals(done) == pytest.approx(wanted, rel=0.02)
+    t, sd = 2.571, 0.01 / math.sqrt(2)  # of a table, 5 degrees of freedom
+    wanted = dict.fromkeys(systems[:5], t * sd / math.sqrt(2)) | {systems[5]: t * sd}
+    assert figures.half_intervals(done) == pytest.approx(wanted, rel=0.01)
     one = {key: row for key, row in done.items() if key[4] == 1}
     assert figures.half_intervals(one) == {} and "| 1 | 1.510 |  | 0.755 |" in figures.table(one)
+
+
+def test_which_rows_are_shown():
+    """Speeds of first seeds on the device that most have; recall at the better rate; a variant at its own best rate."""
+    loss = lambda plan: 1.5 + abs(plan.learning_rate - 1e-3)  # noqa: E731
+    done = {p.key: made_up(p, loss(p)) for system in study.MAIN[:4] for p in plans_of(system)}
+    assert set(figures.timed(study.ranking(done))) == set(study.MAIN[:4])
+    done["small", "mamba", "epoch", 1e-3, 1]["device"] = "NVIDIA H200"
+    del done["small", "inter", "epoch", 1e-3, 1]
+    assert set(figures.timed(study.ranking(done))) == {"transformer", "hymba"}
+    assert "| H200 |" in figures.table(done)
+    (line,) = [line for line in figures.table(done).splitlines() if line.startswith("| inter ")]
+    assert "1,000,000" not in line  # of a second seed, which had another run beside it
+    names = {"NVIDIA H100 80GB HBM3": "H100", "NVIDIA GeForce RTX 4090": "GeForce RTX 4090", "cpu": "cpu"}
+    assert {name: figures.device({"device": name}) for name in names} == names and figures.device({}) == "?"
+    low, high = study.RECALL_RATES
+    for rate, seed, accuracy in ((low, 1, 0.2), (low, 2, 0.6), (high, 1, 0.3)):
+        plan = study.Plan("hymba", "recall", "recall", study.RECALL, rate, seed)
+        done[plan.key] = made_up(plan, 1.0) | {"accuracy": accuracy}
+    assert figures.mean_recall(figures.best_recall(done, "hymba")) == pytest.approx(0.4)
+    variant = "hymba-no-meta"
+    new = lambda rate, loss: made_up(study.Plan(variant, "small", "epoch", study.EPOCH, rate), loss)  # noqa: E731
+    best = study.trials(done, "hymba")[1]
+    done |= {("small", variant, "epoch", rate, 1): new(rate, 1.0) for rate in (best, 2 * best)}
+    assert [r["learning_rate"] for r in study.ranking(done)[variant]] == [best]  # of the system that it is a variant of
+    for rate in (best / 2, best, 2 * best, 4 * best):
+        plan = study.Plan(variant, "small", "rate", study.TRIAL, rate)
+        done[plan.key] = made_up(plan, 2.0 - (rate == 2 * best))
+    done["small", variant, "epoch", 2 * best, 1] = new(2 * best, 1.1)
+    assert [r["learning_rate"] for r in study.ranking(done)[variant]] == [2 * best]  # though the other loss is less
 
 
 def plans_of(system: str) -> list[study.Plan]:
