@@ -34,7 +34,8 @@ def test_the_study_ends_and_repeats_nothing():
     optimum, done, order = {"mamba": 16e-3, "transformer": 0.25e-3}, {}, []
     while plan := next((p for p in study.plans(done) if p.learning_rate and p.key not in done), None):
         far = abs(math.log2(plan.learning_rate / optimum.get(plan.system, 2e-3)))
-        done[plan.key] = {"val_loss": 1.5 + far / 10, "tokens_per_s": 1e6} | plan.__dict__
+        loss = 1.5 + far / 10 - (plan.system == "hymba-no-meta")  # the best of all is no main system
+        done[plan.key] = {"val_loss": loss, "tokens_per_s": 1e6} | plan.__dict__
         order.append(plan)
     assert all(p.key in done for p in study.plans(done)) and len({p.name for p in order}) == len(order)
     assert [p.stage for p in order[:4]] == ["rate"] * 4 and order[0].system == "transformer"
