@@ -410,6 +410,13 @@ class TokenLoop:
 # Sampling
 
 
+def final_states(model: Hymba, idx: Tensor) -> Tensor:
+    """Final states (B, T, C) of whole texts idx (B, T), without a cache. Matrix products are in the weights' dtype."""
+    enabled = idx.is_cuda and model.output.dtype == torch.bfloat16
+    with torch.autocast(idx.device.type, torch.bfloat16, enabled=enabled):
+        return model.hidden(idx)
+
+
 def check_sampling(max_new_tokens: int | None, temperature: float, top_k: int | None, top_p: float | None) -> None:
     """Raise ValueError for what generate cannot do."""
     if not temperature >= 0 or (top_k is not None and top_k < 1) or not (top_p is None or 0 < top_p <= 1):

@@ -42,7 +42,7 @@ import harness
 import ops
 import pictures
 import prepare
-from engine import PREFILL, Engine
+from engine import PREFILL, Engine, final_states
 from files import check_folders, read_json
 from flags import Parser, run
 from hooks import removed, watching
@@ -55,12 +55,6 @@ TASKS = ("loss", "recall", "needle", "heads", "attention", "harness")
 AT_ONCE = 16384  # tokens in one forward pass
 
 
-def hidden(model: Hymba, idx: Tensor) -> Tensor:
-    """Final states (B, T, C) of tokens idx (B, T). Matrix products are in bfloat16 on a GPU, as in training."""
-    with torch.autocast(idx.device.type, torch.bfloat16, enabled=idx.is_cuda):
-        return model.hidden(idx)
-
-
 @dataclass
 class Text:
     """What a model is measured on."""
@@ -68,12 +62,14 @@ class Text:
     tokens: np.ndarray  # (n,); a token t that is not to be predicted is ~t
     bytes_per_token: float | None = None
     record: int = 1  # windows begin at its multiples, and are as long if it is more than 1
+    begin: tuple[int, ...] = ()  # tokens of some released models that begin every window
 
 
 def open_text(folder: Path | str, split: str = "val", command: str = "") -> tuple[Text, dict]:
     """A split of a data set, and its meta.json. Raises what prepare.open_split raises."""
     tokens, meta = prepare.open_split(folder, split, command)
-    return Text(tokens, meta[split]["bytes"] / meta[split]["tokens"], meta.get("record", 1)), meta
+    bytes_per_token = meta[split]["bytes"] / meta[split]["tokens"] if meta["tokenizer"] != "none" else None
+    return Text(tokens, bytes_per_token, meta.get("record", 1)), meta
 
 
 def read_text(path: Path, tokenizer: Tokenizer) -> Text:
@@ -81,13 +77,13 @@ def read_text(path: Path, tokenizer: Tokenizer) -> Text:
     parts = []
     for file in sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]:
         try:
-            parts.append(file.read_text(encoding="utf-8"))
+            parts.append(file.read_bytes().decode("utf-8"))
         except UnicodeDecodeError as e:
             if not path.is_dir():  # a folder may have other files, too
                 raise ValueError(f"{path} is not UTF-8 text: {e}") from None
     text = "\n".join(parts)
-    tokens = np.array(tokenizer.encode_ordinary(text), dtype=np.int64)
-    return Text(tokens, len(text.encode()) / max(1, len(tokens)))
+    tokens = np.array(encode_piece(tokenizer, text), dtype=np.int64)
+    return Text(tokens, len(text.encode()) / max(1, len(tokens)), begin=tuple(tokenizer.encode_ordinary("")))
 
 
 def window(model: Hymba, text: Text, length: int = 0) -> int:
@@ -101,10 +97,10 @@ def batches(model: Hymba, text: Text, length: int, n_tokens: int, title: str) ->
     T = window(model, text, length)
     if len(text.tokens) <= T:
         raise ValueError(f"the text has {len(text.tokens):,} tokens, too few for windows of {T:,} + 1: lower --length")
-    n = max(1, min(n_tokens // T, len(text.tokens) // (T + 1)))
+    n, new = max(1, min(n_tokens // T, len(text.tokens) // (T + 1))), T + 1 - len(text.begin)
     starts, size = even_starts(len(text.tokens), T, n, text.record), max(1, AT_ONCE // T)
     for i in tqdm(range(0, n, size), desc=title, unit="batch", leave=False, disable=None):
-        yield np.stack([text.tokens[s : s + T + 1] for s in starts[i : i + size]]).astype(np.int64)
+        yield np.stack([[*text.begin, *text.tokens[s : s + new]] for s in starts[i : i + size]]).astype(np.int64)
 
 
 def mean_and_error(x: np.ndarray) -> tuple[float | list, float | list | None]:
@@ -120,7 +116,7 @@ def mean_and_error(x: np.ndarray) -> tuple[float | list, float | list | None]:
 def token_losses(model: Hymba, windows: np.ndarray) -> np.ndarray:
     """Loss in nats of each token but the first of windows (b, T + 1) -> (b, T), NaN where it is not to be predicted."""
     idx, targets = to_device(windows, model.embed.weight.device)
-    losses = linear_cross_entropy(hidden(model, idx), model.output, targets, reduction="none").float()
+    losses = linear_cross_entropy(final_states(model, idx), model.output, targets, reduction="none").float()
     return losses.masked_fill(targets < 0, math.nan).cpu().numpy()
 
 
@@ -144,7 +140,7 @@ def loss(model: Hymba, text: Text, length: int = 0, longest: int = 0, n_tokens: 
     longest = min(longest or 8 * T, len(text.tokens) - 1)
     parts = [(near, 1, T + 1)] if text.record == 1 else []
     if parts and longest > T:
-        far = losses(model, text, longest, max(16 * longest, n_tokens), "by position")
+        far = losses(model, text, longest, n_tokens, "by position")
         parts.append((far, T + 1, longest + 1))
     for rows, first, last in parts:
         edges = np.unique(np.geomspace(first, last, math.ceil(3 * math.log2(last / first)) + 1).round().astype(int))
@@ -167,8 +163,8 @@ def recall(model: Hymba, text: Text, n_tokens: int = 2**30) -> dict:
     for windows in batches(model, text, 0, n_tokens, "recall"):
         idx, targets = to_device(windows, model.embed.weight.device)
         asked = targets >= 0  # (b, T)
-        x = hidden(model, idx)[asked].to(model.output.dtype)
-        right = F.linear(x, model.output).argmax(-1) == targets[asked]
+        x = final_states(model, idx)[asked].float()  # in bfloat16, many logits would be equal
+        right = F.linear(x, model.output.float()).argmax(-1) == targets[asked]
         n_pairs = asked.int().argmax(1) // 2  # the first answer comes behind the pairs
         for n, answers in zip(n_pairs.tolist(), right.split(asked.sum(1).tolist()), strict=True):
             shares.setdefault(n, []).append(answers.float().mean().item())
@@ -199,14 +195,13 @@ def codes(tokenizer: Tokenizer, rng: np.random.Generator, n: int, lead: str) -> 
 def likelihoods(engine: Engine, prompts: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
     """Log-likelihoods (B, n) of n answers (B, n, L) to each of the prompts (B, T), and whether a greedy continuation
     would be that answer (B, n). The prompts are read once."""
-    (B, T), L = prompts.shape, answers.shape[2]
-    cache, step = engine.new_cache(B, T + L), max(1, PREFILL // B)
+    (B, T), L, output = prompts.shape, answers.shape[2], engine.model.output.float()
+    cache, step, scores, greedy = engine.new_cache(B, T + L), max(1, PREFILL // B), [], []
     for piece in prompts.split(step, dim=1):
-        x = engine.hidden(piece, cache)[:, -1:]
-    first, scores, greedy = F.linear(x, engine.model.output).float(), [], []  # (B, 1, V)
+        x = engine.hidden(piece, cache)[:, -1:]  # (B, 1, C)
     for answer in answers.unbind(1):
-        rest = engine.logits(answer[:, :-1], cache.map(Tensor.clone)).float() if L > 1 else first[:, :0]
-        logits = torch.cat([first, rest], dim=1)  # (B, L, V)
+        rest = engine.hidden(answer[:, :-1], cache.map(Tensor.clone)) if L > 1 else x[:, :0]
+        logits = F.linear(torch.cat([x, rest], dim=1).float(), output)  # (B, L, V); in bfloat16, many would be equal
         scores.append(logits.log_softmax(-1).gather(2, answer[..., None]).sum((1, 2)))
         greedy.append((logits.argmax(-1) == answer).all(1))
     return torch.stack(scores, 1), torch.stack(greedy, 1)
@@ -288,7 +283,7 @@ def attention(model: Hymba, text: Text, length: int = 0, n_tokens: int = 2**15) 
     """
     with watching(model) as watches:
         for windows in batches(model, text, length, n_tokens, "attention"):
-            hidden(model, to_device(windows, model.embed.weight.device)[0])
+            final_states(model, to_device(windows, model.embed.weight.device)[0])
     rows, M = [], model.config.n_meta
     for watch, block in zip(watches, model.blocks, strict=True):
         row = dict.fromkeys(["share", "meta", "attn", "ssm", "attn_branch_norm", "ssm_branch_norm", "memory"])
@@ -300,7 +295,7 @@ def attention(model: Hymba, text: Text, length: int = 0, n_tokens: int = 2**15) 
         if watch.steps:
             states = watch.lengths(block.mixer.ssm.A_log)
             row["memory"] = {"mean": states.mean().item()}
-            row["memory"] |= {f"{p}%": states[int(len(states) * p / 100)].item() for p in (10, 50, 90)}
+            row["memory"] |= {f"{p}%": states.quantile(p / 100).item() for p in (10, 50, 90)}
         rows.append(row)
     return {"length": window(model, text, length), "blocks": rows}
 
@@ -377,6 +372,8 @@ def check_arguments(args: Namespace, names: list[str]) -> None:
     for name, least in (("tokens", 0), ("length", 0), ("longest", 0), ("limit", 1), ("shots", 0)):
         if (value := getattr(args, name)) is not None and value < least:
             raise ValueError(f"--{name}={value}: must be {least} or more")
+    if len(args.text) > 1 and args.task in ("needle", "heads"):
+        raise ValueError(f"--text: the task {args.task} takes one text")
     for path in args.text:
         if not path.exists():
             raise FileNotFoundError(f"no file or folder {path}")
@@ -406,7 +403,7 @@ def main(argv: list[str]) -> None:
     add("--out", type=Path, help="the JSON file; the picture has its name [beside the first folder]")
     add("--dataset", help="measure on its validation split [the data set that the model was trained on]")
     add("--data_dir", help="where data sets live [where it was, or data]")
-    add("--text", type=Path, action="append", default=[], help="measure on a file or folder instead; can be repeated")
+    add("--text", type=Path, action="append", default=[], help="measure on a file or folder; loss, attention: several")
     add(
         "--tokens", type=int, default=0, help="how many to read [loss 262144, heads 65536, attention 32768, recall all]"
     )

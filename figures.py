@@ -162,8 +162,8 @@ def draw_positions(ax, done: dict) -> None:
     for system, runs in ranking(done).items():
         if system in MAIN and "position" in runs[0]:
             (result,) = runs[0]["position"].values()
-            ends = result["edges"][1 : len(result["by_position"]) + 1]
-            ax.plot(ends, result["by_position"], COLORS[system], label=system)
+            middles = pictures.middles(result["edges"], len(result["by_position"]))
+            ax.plot(middles, result["by_position"], COLORS[system], label=system)
     ax.set(xscale="log", xlabel="position", ylabel="loss, nats per token")
 
 

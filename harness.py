@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from engine import Engine
+from engine import Engine, final_states
 from model import Hymba
 from tokenizer import Tokenizer, detokenizer, encode_piece, stops
 
@@ -28,8 +28,8 @@ def check_installed() -> None:
 
 
 def adapter(model: Hymba, tokenizer: Tokenizer, length: int = 0):
-    """The model as the harness wants one: a TemplateLM, with the methods that this class asks for. Of what is longer
-    than `length` tokens (0: block_size), the model reads the end."""
+    """The model as the harness wants one: a TemplateLM, with the methods that this class asks for. Of a context that is
+    too long for `length` tokens (0: block_size), the model reads the end; for an answer that is, ValueError."""
     check_installed()
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -38,6 +38,7 @@ def adapter(model: Hymba, tokenizer: Tokenizer, length: int = 0):
 
     class Adapter(TemplateLM):
         eot_token_id = tokenizer.eot_token
+        prefix_token_id = first_token(tokenizer)  # stands before a text that has no context
 
         def tok_encode(self, string, add_special_tokens=None, **_):
             piece = add_special_tokens is False
@@ -47,7 +48,9 @@ def adapter(model: Hymba, tokenizer: Tokenizer, length: int = 0):
         def _loglikelihood_tokens(self, requests, disable_tqdm=False, **_):
             """Of each request (text, tokens of the context, tokens of the answer): the answer's log-likelihood, and
             whether greedy decoding gives it."""
-            rows = [(context + answer)[-length - 1 :] for _, context, answer in requests]
+            if (most := max((len(answer) for *_, answer in requests), default=0)) > length:
+                raise ValueError(f"--length={length}: a task has an answer of {most:,} tokens; give as many")
+            rows = [((context or [self.prefix_token_id]) + answer)[-length - 1 :] for _, context, answer in requests]
             results, left = [(0.0, True)] * len(rows), sorted(range(len(rows)), key=lambda i: len(rows[i]))
             bar = tqdm(total=len(rows), desc="likelihoods", leave=False, disable=disable_tqdm or None)
             while left:  # the longest first, with others of about that length: rows are filled up on the right
@@ -57,13 +60,11 @@ def adapter(model: Hymba, tokenizer: Tokenizer, length: int = 0):
                 asked = torch.zeros_like(idx, dtype=torch.bool)
                 for b, i in enumerate(now):
                     idx[b, : len(rows[i])] = torch.tensor(rows[i])
-                    asked[b, max(1, len(rows[i]) - len(requests[i][2])) : len(rows[i])] = True
+                    asked[b, len(rows[i]) - len(requests[i][2]) : len(rows[i])] = True
                 idx, asked = idx.to(device), asked[:, 1:].to(device)
-                with torch.autocast(device.type, torch.bfloat16, enabled=idx.is_cuda):
-                    x = model.hidden(idx[:, :-1])[asked].to(model.output.dtype)
-                scores = []
+                x, scores = final_states(model, idx[:, :-1])[asked], []
                 for piece, target in zip(x.split(1024), idx[:, 1:][asked].split(1024), strict=True):
-                    logits = F.linear(piece, model.output).float()
+                    logits = F.linear(piece.float(), model.output.float())  # in bfloat16, many would be equal
                     log_p = logits.log_softmax(-1).gather(1, target[:, None])[:, 0]
                     scores.append(torch.stack([log_p, (logits.argmax(-1) == target).float()]).cpu())
                 parts = torch.cat(scores, dim=1).double().split(asked.sum(1).tolist(), dim=1)
@@ -79,7 +80,8 @@ def adapter(model: Hymba, tokenizer: Tokenizer, length: int = 0):
                 tokens = encode_piece(tokenizer, request.args[0])
                 windows = map(make_disjoint_window, get_rolling_token_windows(tokens, self.prefix_token_id, length, 1))
                 new = [("", context, answer) for context, answer in windows]
-                pieces, counts = pieces + new, [*counts, len(new)]
+                pieces += new
+                counts.append(len(new))
             scores = iter(self._loglikelihood_tokens(pieces, disable_tqdm))
             return [sum(next(scores)[0] for _ in range(n)) for n in counts]
 
@@ -89,7 +91,8 @@ def adapter(model: Hymba, tokenizer: Tokenizer, length: int = 0):
             for options, group in groupby((request.args for request in requests), lambda args: args[1]):
                 contexts = [context for context, _ in group]
                 for i in range(0, len(contexts), TEXTS):
-                    texts += continue_until(engine, tokenizer, contexts[i : i + TEXTS], length, options)
+                    some = contexts[i : i + TEXTS]
+                    texts += continue_until(engine, tokenizer, some, length, options, first_row=len(texts))
                     bar.update(len(texts) - bar.n)
             bar.close()
             return texts
@@ -97,14 +100,26 @@ def adapter(model: Hymba, tokenizer: Tokenizer, length: int = 0):
     return Adapter()
 
 
-def continue_until(engine: Engine, tokenizer: Tokenizer, contexts: list[str], length: int, options: dict) -> list[str]:
-    """The continuation of each context up to the first of the texts options["until"], or the end of the text."""
-    ends, n = options.get("until") or [], options.get("max_gen_toks", 256)
-    ends = [ends] if isinstance(ends, str) else ends
-    temperature = options.get("temperature", 1.0) if options.get("do_sample") else 0.0
-    rows = [tokenizer.encode_ordinary(c)[-max(1, length - n) :] or [tokenizer.eot_token] for c in contexts]
+def first_token(tokenizer: Tokenizer) -> int:
+    """The token that begins every text, or else the one that ends it and so stands between texts."""
+    return (tokenizer.encode_ordinary("") or [tokenizer.eot_token])[0]
+
+
+def continue_until(
+    engine: Engine, tokenizer: Tokenizer, contexts: list[str], length: int, options: dict, first_row: int = 0
+) -> list[str]:
+    """The continuation of each context up to the first of the texts options["until"], or the end of the text. The
+    other options are those of the harness's tasks. Texts are drawn as rows first_row, first_row + 1, ... (Engine)."""
+    ends, names = options.get("until") or [], ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+    ends = [end for end in ([ends] if isinstance(ends, str) else ends) if end]
+    n = next((options[name] for name in names if options.get(name) is not None), 256)
+    if n >= length:
+        raise ValueError(f"--length={length}: a task writes up to {n} tokens; give more than that, and its questions")
+    draw = options.get("do_sample", options.get("temperature", 0) > 0)
+    choice = (options.get("temperature", 1.0) if draw else 0.0), options.get("top_k") or None, options.get("top_p")
+    rows = [tokenizer.encode_ordinary(c)[n - length :] or [first_token(tokenizer)] for c in contexts]
     adds, texts = [detokenizer(tokenizer, row) for row in rows], ["" for _ in rows]
-    for step in engine.generate(rows, n, temperature, stop=stops(tokenizer)):
+    for step in engine.generate(rows, n, *choice, stop=stops(tokenizer), first_row=first_row):
         for i, token in enumerate(step):
             texts[i] += "" if token is None else adds[i](token)
         if all(token is None or any(end in text for end in ends) for token, text in zip(step, texts, strict=True)):

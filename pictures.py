@@ -72,7 +72,13 @@ def loss_rows(r: dict) -> Iterator[dict]:
     for text, u in r["texts"].items():
         numbers = {key: u[key] for key in ("loss", "error", "perplexity", "bits_per_byte")}
         ends = list(zip(u["edges"][1:], u["by_position"], strict=True))[::-6]  # of every sixth step
-        yield {"text": text} | numbers | {f"to {end:,}": value for end, value in reversed(ends)}
+        yield {"text": text} | numbers | {f"to {end - 1:,}": value for end, value in reversed(ends)}
+
+
+def middles(edges: list[int], n: int) -> np.ndarray:
+    """Of the first n bins, which end before the next one's edge, the positions in the middle, on a logarithmic axis."""
+    edges = np.array(edges[: n + 1], dtype=float)
+    return np.sqrt(edges[:-1] * np.maximum(edges[:-1], edges[1:] - 1))
 
 
 def draw_loss(plt, models: dict[str, dict]) -> None:
@@ -81,7 +87,7 @@ def draw_loss(plt, models: dict[str, dict]) -> None:
         for text, u in r["texts"].items():
             label = f"{name}, {text}" if len(r["texts"]) > 1 else name
             errors = [error or 0 for error in u["by_position_error"]]
-            ax.errorbar(u["edges"][:-1], u["by_position"], errors, label=label, capsize=2)
+            ax.errorbar(middles(u["edges"], len(errors)), u["by_position"], errors, label=label, capsize=2)
             ax.axvline(u["length"], color="0.8")
     ax.set(xscale="log", xlabel="tokens read", ylabel="nats per token")
     ax.legend()
@@ -190,12 +196,17 @@ def harness_rows(r: dict) -> Iterator[dict]:
 
 
 def draw_harness(plt, models: dict[str, dict]) -> None:
+    """Accuracies of the tasks that have one, of whatever kind."""
     _, ax = plt.subplots(figsize=(7, 4))
-    for i, (name, r) in enumerate(models.items()):
-        known = ("acc_norm", "acc", "exact_match")
-        shown = {task: next((u[key] for key in known if key in u), 0) for task, u in r["tasks"].items()}
-        ax.bar(np.arange(len(shown)) + 0.8 * i / len(models), list(shown.values()), 0.8 / len(models), label=name)
-        ax.set(xticks=range(len(shown)), xticklabels=list(shown), ylabel="accuracy")
+    known, shown = ("acc_norm", "acc", "exact_match"), {}
+    for name, r in models.items():
+        named = {task: {key.split(",")[0]: value for key, value in u.items()} for task, u in r["tasks"].items()}
+        shown[name] = {task: next((u[key] for key in known if key in u), math.nan) for task, u in named.items()}
+    tasks = list(dict.fromkeys(task for u in shown.values() for task, value in u.items() if not math.isnan(value)))
+    for i, (name, u) in enumerate(shown.items()):
+        values = [u.get(task, math.nan) for task in tasks]
+        ax.bar(np.arange(len(tasks)) + 0.8 * i / len(models), values, 0.8 / len(models), label=name)
+    ax.set(xticks=range(len(tasks)), xticklabels=tasks, ylabel="accuracy")
     ax.legend()
 
 

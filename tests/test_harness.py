@@ -86,20 +86,18 @@ def test_likelihoods_of_long_texts_and_of_texts_together(tasks, monkeypatch):
     """A text that is too long is read from its end, or rolled over; batches of any size give the same."""
     model, tokenizer = small("hT", vocab_size=257), load_tokenizer("bytes", ".")
     adapter = harness.adapter(model, tokenizer, length=20)
-    pairs = [("a" * 50 + "b", "cd"), ("x", "yz"), ("", "abc"), ("some words", " and" * 12)]
+    pairs = [("a" * 50 + "b", "cd"), ("x", "yz"), ("", "abc"), ("some words", " and" * 5), (" ", "abc")]
     expected = []
     for context, answer in pairs:
-        tokens = (
-            ([256] + list((context + answer).encode()))[-21:]
-            if not context
-            else list((context + answer).encode())[-21:]
-        )
-        n = min(len(answer), len(tokens) - 1)
-        expected.append(log_p(model, tokens[:-n], tokens[-n:]))
+        n = len(answer) + (context == " ")  # the harness counts a space before an answer in
+        tokens = ([256] if not context.strip() else []) + list((context + answer).encode())
+        expected.append(log_p(model, tokens[-21:-n], tokens[-n:]))
     for at_once in (1, 60, 16384):
         monkeypatch.setattr(harness, "AT_ONCE", at_once)
         for (a, greedy), (b, same) in zip(adapter.loglikelihood([request(*p) for p in pairs]), expected, strict=True):
             assert abs(a - b) < 1e-3 and greedy == same
+    with pytest.raises(ValueError, match="--length=20: a task has an answer of 21 tokens"):
+        adapter.loglikelihood([request("x", "y" * 21)])
     text = bytes(range(60, 115))
     rolled = adapter.loglikelihood_rolling([request(text.decode()), request("ab")])
     rows = [256, *text]
@@ -113,16 +111,27 @@ def test_texts_that_are_written(tasks):
     """Greedy, up to a word, to the end of the text, or so many tokens; several at a time as each alone."""
     model, tokenizer = small("hM", vocab_size=257, block_size=64), load_tokenizer("bytes", ".")
     adapter = harness.adapter(model, tokenizer)
-    contexts = ["one", "a longer context", "", "two"]
-    full = [bytes(t for t in model.generate(list(c.encode()) or [256], 12, temperature=0) if t < 256) for c in contexts]
+    contexts = ["one", "a longer context", "", "two", "x" * 70]
+    read = [list(c.encode())[-52:] or [256] for c in contexts]  # of what is too long, the end
+    full = [bytes(t for t in model.generate(row, 12, temperature=0) if t < 256) for row in read]
     full = [text.decode(errors="replace") for text in full]
     options = {"until": [], "max_gen_toks": 12, "do_sample": False}
+    write = lambda c, **more: adapter.generate_until([request(c, options | more)])[0]  # noqa: E731
     written = adapter.generate_until([request(c, options) for c in contexts])
-    assert all(b.startswith(a) for a, b in zip(written, full, strict=True)) and any(written)
-    ends = [next(iter(text[3:4]), "?") for text in written]
-    for context, end, text in zip(contexts, ends, written, strict=True):
-        (cut,) = adapter.generate_until([request(context, options | {"until": [end, "nowhere"]})])
-        assert cut == text.partition(end)[0]
+    for a, b in zip(written, full, strict=True):  # a character that is not complete at the end is left out
+        assert len(a) > 4 and b.startswith(a) and set(b[len(a) :]) <= {"\ufffd"} and len(b) - len(a) < 4
+    for context, text in zip(contexts, written, strict=True):
+        for n in (1, 2, 3):  # characters
+            assert write(context, until=[text[3 : 3 + n], "", "nowhere"]) == text.partition(text[3 : 3 + n])[0]
+    for name in ("max_new_tokens", "max_tokens"):
+        assert write("one", max_gen_toks=None, **{name: 5}) == write("one", max_gen_toks=5)
+    with pytest.raises(ValueError, match="--length=64: a task writes up to 64 tokens; give more than that"):
+        write("one", max_gen_toks=64)
+    drawn = {"until": [], "max_gen_toks": 12, "temperature": 1.0}
+    texts = adapter.generate_until([request("one", drawn) for _ in range(2 * harness.TEXTS)])
+    assert len(set(texts)) == 2 * harness.TEXTS  # all repeats differ
+    sure = {"do_sample": True, "top_k": 1}
+    assert write("one", **sure) == write("one", top_p=1e-6, do_sample=True) == written[0]
 
 
 @torch.no_grad()
@@ -149,6 +158,11 @@ def test_against_transformers(tasks, tmp_path, monkeypatch):
         assert both[0] == 0 and both[: len(first)] == first
         expected, same = log_p(theirs, first, both[len(first) :])
         assert abs(score - expected) < 1e-3 and greedy == same
+    (rolled,), ((alone, _),) = (f([request(*a)]) for f, a in (
+        (adapter.loglikelihood_rolling, ("the fox",)), (adapter.loglikelihood, ("", "the fox"))
+    ))  # fmt: skip
+    whole = tokenizer.encode_ordinary("the fox")
+    assert abs(rolled - log_p(theirs, whole[:1], whole[1:])[0]) < 1e-3 and abs(rolled - alone) < 1e-6
 
 
 def test_harness_command(tasks, tmp_path, capsys):
