@@ -147,7 +147,7 @@ def test_needle_of_a_reader_and_of_a_guesser(monkeypatch):
 @pytest.mark.parametrize("fusion", ["mean", "diff", "concat"])
 def test_heads_removed(fusion):
     """Against the model in which what follows the heads multiplies them by zero."""
-    pattern = "hhMTtH"  # the second block reads the first one's keys and values
+    pattern = "hhMTttH"  # of neighbours hh and tt, the second reads the keys and values of the first
     measured = evaluate.heads(small(pattern, fusion=fusion), lambda m: m(tokens(2, 12), tokens(2, 12)).item())
     for i, letter in enumerate(pattern):
         for kind in ("attn", "ssm"):
