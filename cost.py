@@ -123,8 +123,9 @@ def at_size(file: Path, size: dict) -> dict:
     fields = args | size | dict(vocab_size=32001, pattern=pattern, n_hidden=size["n_hidden"] if old.n_hidden else 0)
     if "head_size" in args:
         fields["head_size"] = size["n_embd"] // size["n_head"]
-        for name in ("n_head", "n_kv_head"):
-            fields[name] = round(size[name] * old.n_head * old.head_size / old.n_embd)
+        share = old.n_head * old.head_size / old.n_embd  # of the width; n_head stays a multiple of n_kv_head
+        fields["n_kv_head"] = max(1, round(share * size["n_kv_head"]))
+        fields["n_head"] = fields["n_kv_head"] * (size["n_head"] // size["n_kv_head"])
     return fields
 
 

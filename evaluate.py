@@ -25,6 +25,7 @@ if __name__ == "__main__":
 import json
 import math
 import re
+import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ import ops
 import pictures
 import prepare
 from engine import PREFILL, Engine, final_states
-from files import check_folders, read_json
+from files import check_folders, naming, read_json, writing_file
 from flags import Parser, run
 from hooks import removed, watching
 from model import Hymba, linear_cross_entropy
@@ -52,6 +53,9 @@ from tokenizer import Tokenizer, encode_piece, tokenizer_of
 from training import even_starts, to_device
 
 TASKS = ("loss", "recall", "needle", "heads", "attention", "harness")
+READ_BY = {"length": ("loss", "heads", "attention", "harness"), "tokens": ("loss", "recall", "heads", "attention")}
+READ_BY |= {"longest": ("loss",)} | dict.fromkeys(("needle", "lengths", "trials"), ("needle",))
+READ_BY |= dict.fromkeys(("tasks", "limit", "shots", "include"), ("harness",))
 AT_ONCE = 16384  # tokens in one forward pass
 
 
@@ -336,6 +340,8 @@ def open_inputs(args: Namespace, name: str) -> tuple[Path, Tokenizer | None, dic
         raise ValueError(f"{', '.join(texts)}: no data set of recall.py, whose --help says how to train on one")
     least = args.length or checkpoint.read_config(folder)[2].block_size
     for path, text in texts.items():
+        if not len(text.tokens):
+            raise ValueError(f"{path} has no text")
         if args.task != "needle" and len(text.tokens) <= least:
             raise ValueError(
                 f"{path} has {len(text.tokens):,} tokens, too few for windows of {least:,}: lower --length"
@@ -360,13 +366,16 @@ def measure(args: Namespace, model: Hymba, tokenizer: Tokenizer | None, texts: d
     if args.task == "attention":
         return {"texts": {name: attention(model, text, length, n) for name, text in texts.items()}}
     options = dict(length=length, limit=args.limit, shots=args.shots, include=args.include)
-    return {"tasks": harness.results(model, tokenizer, args.tasks.split(","), **options)}
+    return {"tasks": harness.results(model, tokenizer, args.tasks.replace(" ", "").split(","), **options)}
 
 
-def check_arguments(args: Namespace, names: list[str]) -> None:
+def check_arguments(args: Namespace, names: list[str], defaults: Namespace) -> None:
     """Raise ValueError for what can be seen to be wrong before any file is opened."""
     if not names:
         raise ValueError("give one model or more: --init_from=FOLDER [FOLDER ...]")
+    for name, tasks in READ_BY.items():
+        if args.task not in tasks and getattr(args, name) != getattr(defaults, name):
+            raise ValueError(f"--{name} is not for the task {args.task} but for {' and '.join(tasks)}")
     if len(set(names)) < len(names):
         raise ValueError(f"--init_from names {next(n for n in names if names.count(n) > 1)} twice")
     for name, least in (("tokens", 0), ("length", 0), ("longest", 0), ("limit", 1), ("shots", 0)):
@@ -388,10 +397,22 @@ def check_arguments(args: Namespace, names: list[str]) -> None:
         harness.check_installed()
         if not args.tasks:
             raise ValueError("the task harness needs names: --tasks=piqa,lambada_openai")
-    if args.out:
-        check_folders(args.out.parent)
-        if args.out.is_dir() or args.out.suffix != ".json":
-            raise ValueError(f"--out={args.out}: give the name of a .json file")
+        if args.include and not Path(args.include).is_dir():
+            raise FileNotFoundError(f"no folder {args.include}")
+    if args.out and args.out.suffix != ".json":
+        raise ValueError(f"--out={args.out}: give the name of a .json file")
+
+
+def output(args: Namespace, first: str) -> Path:
+    """The JSON file to write, in a folder where that can be done. Raises ValueError or OSError."""
+    folder = Path(first) if Path(first).name not in ("", "..") else Path(first).resolve()  # "." has a name, too
+    out = args.out or (folder.parent if folder.exists() else Path()) / f"{folder.name}_{args.task}.json"
+    check_folders(out.parent)
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder: give the name of another .json file, --out=FILE")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with naming(out), tempfile.TemporaryFile(dir=out.parent):
+        return out
 
 
 def main(argv: list[str]) -> None:
@@ -419,27 +440,28 @@ def main(argv: list[str]) -> None:
     add("--device", help="cuda, mps or cpu [the best there is]")
     add("--dtype", choices=["float32", "bfloat16"], help="of the weights [bfloat16 on cuda, else the checkpoint's]")
     add("--kernels", choices=["True", "False"], default="True", help="Triton kernels on a GPU [True]")
-    args = parser.parse_intermixed_args(argv)
+    args, defaults = parser.parse_intermixed_args(argv), parser.parse_intermixed_args([TASKS[0]])
     names = [args.init_from, *args.more] if args.init_from else args.more
-    check_arguments(args, names)
+    check_arguments(args, names, defaults)
     inputs = {name: open_inputs(args, name) for name in names}
     if args.kernels == "False":
         ops.use_kernels(False)
-    device, first = pick_device(args.device), Path(names[0])
+    device, out, models = pick_device(args.device), output(args, names[0]), {}
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else None)
-    beside = first.parent if first.exists() else Path()
-    out = args.out or beside / f"{first.name}_{args.task}.json"
-    models = {}
     result = {"task": args.task, "flags": argv, "device": str(device), "torch": torch.__version__, "models": models}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for name, (folder, tokenizer, texts) in inputs.items():
-        model = checkpoint.load(name, dtype and getattr(torch, dtype), device).eval()
-        about = {"folder": str(folder), "pattern": model.config.pattern, "parameters": model.num_params()}
-        models[name] = about | measure(args, model, tokenizer, texts)
-        out.write_text(json.dumps(result, indent=1) + "\n")  # after each model: a later one may fail
-        del model  # before the next one is loaded
-    pictures.show(args.task, models, out.with_suffix(".png"))
-    print(f"the results: {out}")
+    try:
+        for name, (folder, tokenizer, texts) in inputs.items():
+            model = checkpoint.load(name, dtype and getattr(torch, dtype), device).eval()
+            about = {"folder": str(folder), "pattern": model.config.pattern, "parameters": model.num_params()}
+            models[name] = about | measure(args, model, tokenizer, texts)
+            with writing_file(out) as new:  # after each model: a later one may fail
+                new.write_text(json.dumps(result, indent=1) + "\n")
+            out.with_suffix(".png").unlink(missing_ok=True)  # of an earlier run
+            del model  # before the next one is loaded
+    finally:
+        if models:
+            pictures.show(args.task, models, out.with_suffix(".png"))
+            print(f"the results: {out}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import cost
 import pictures
-from files import naming
 from model import HymbaConfig
 from study import MAIN, RECALL_RATES, SYSTEMS, TRIAL, config_fields, mean_loss, ranking, trials
 
@@ -207,7 +206,5 @@ def main(done: dict, folder: Path) -> None:
             ax.legend(fontsize="small")
         ax.grid(alpha=0.3)
         fig.tight_layout()
-        with naming(folder / f"{name}.png"):
-            fig.savefig(folder / f"{name}.png", dpi=120)
-        plt.close(fig)
+        pictures.save(plt, folder / f"{name}.png")
     print(f"wrote {', '.join(f'{name}.png' for name in PICTURES)} in {folder}")

@@ -166,6 +166,19 @@ def naming(file: Path) -> Iterator[None]:
 
 
 @contextmanager
+def writing_file(file: Path) -> Iterator[Path]:
+    """A name beside `file` for the with block to write, which then takes its place. What goes wrong names the file, and
+    leaves it as it was."""
+    new = file.with_name(f"{file.stem}.new{file.suffix}")
+    try:
+        with naming(file):
+            yield new
+            new.replace(file)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+@contextmanager
 def replacing(folder: Path, mark: str = ".") -> Iterator[Path]:
     """
     A new folder for the with block to fill, folder.new. After the block it takes the place of `folder`. If the block

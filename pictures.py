@@ -6,9 +6,12 @@ picture in which models stand side by side. `models` is what stands under that k
 import json
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+
+from files import writing_file
 
 
 def pyplot(pictures: str, needed: bool = False):
@@ -37,7 +40,13 @@ def plot_loss(metrics: Path, picture: Path) -> None:
         points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
         plt.plot(*zip(*points, strict=True), label=key, **style)
     plt.xlabel("step"), plt.ylabel("nats per token"), plt.legend(), plt.grid(alpha=0.3), plt.tight_layout()
-    plt.savefig(picture, dpi=120)
+    save(plt, picture)
+
+
+def save(plt, picture: Path) -> None:
+    """The figure that was drawn last, as a file that is whole."""
+    with writing_file(picture) as new:
+        plt.savefig(new, dpi=120)
     plt.close()
 
 
@@ -48,8 +57,7 @@ def show(task: str, models: dict[str, dict], picture: Path) -> None:
     if plt := pyplot(picture.name):
         draw(plt, models)
         plt.tight_layout()
-        plt.savefig(picture, dpi=120)
-        plt.close()
+        save(plt, picture)
 
 
 def print_table(rows: list[dict]) -> None:
@@ -71,8 +79,9 @@ def print_table(rows: list[dict]) -> None:
 def loss_rows(r: dict) -> Iterator[dict]:
     for text, u in r["texts"].items():
         numbers = {key: u[key] for key in ("loss", "error", "perplexity", "bits_per_byte")}
-        ends = list(zip(u["edges"][1:], u["by_position"], strict=True))[::-6]  # of every sixth step
-        yield {"text": text} | numbers | {f"to {end - 1:,}": value for end, value in reversed(ends)}
+        bins = [f"{a:,} to {b - 1:,}" for a, b in pairwise(u["edges"])]
+        some = list(zip(bins, u["by_position"], strict=True))[::-6]  # the last one, and every sixth before it
+        yield {"text": text} | numbers | dict(reversed(some))
 
 
 def middles(edges: list[int], n: int) -> np.ndarray:
@@ -83,9 +92,10 @@ def middles(edges: list[int], n: int) -> np.ndarray:
 
 def draw_loss(plt, models: dict[str, dict]) -> None:
     _, ax = plt.subplots(figsize=(7, 4))
+    one = len({text for r in models.values() for text in r["texts"]}) == 1
     for name, r in models.items():
         for text, u in r["texts"].items():
-            label = f"{name}, {text}" if len(r["texts"]) > 1 else name
+            label = name if one else f"{name}, {text}"
             errors = [error or 0 for error in u["by_position_error"]]
             ax.errorbar(middles(u["edges"], len(errors)), u["by_position"], errors, label=label, capsize=2)
             ax.axvline(u["length"], color="0.8")
@@ -181,11 +191,12 @@ def draw_attention(plt, models: dict[str, dict]) -> None:
             ax.set(xticks=x, xticklabels=r["pattern"], title=title)
             ax.legend(fontsize=7)
         shares.set(ylabel=name), sizes.set(yscale="log"), memory.set(yscale="log" if there else "linear")
-        means = {t: [b["meta"] for b in u["blocks"] if b["meta"]] for t, u in r["texts"].items()}
-        means = {Path(text).name: np.mean(lines, axis=0) for text, lines in means.items() if lines}
+        lines = {t: [b["meta"] for b in u["blocks"] if b["meta"]] for t, u in r["texts"].items()}
+        means = [np.mean(line, axis=0) for line in lines.values() if line]
         if means:
-            meta.imshow(list(means.values()), aspect="auto")
-        meta.set(yticks=range(len(means)), yticklabels=list(means), title="share of each meta token")
+            meta.imshow(means, aspect="auto")
+        names = [Path(text).name for text, line in lines.items() if line]
+        meta.set(yticks=range(len(means)), yticklabels=names, title="share of each meta token")
         for ax, drawn in ((memory, there), (meta, means)):
             ax.set_visible(bool(drawn))
 

@@ -271,6 +271,7 @@ def read(results: Path, data: dict | None = None) -> dict:
     """Results by the key of their plan, the last of each, on the data sets whose hashes `data` has, or else on those of
     the last line. Trials count on any data: a rate that was the best on other data is good enough."""
     names = {"scale": str, "system": str, "stage": str, "learning_rate": float, "seed": int, "flags": dict}
+    names |= {"tokens_per_s": float, "val_loss": float | None}
     lines = results.read_text().splitlines() if results.exists() else []
     rows = [parse_json(line, f"{results}, line {number}", names) for number, line in enumerate(lines, 1)]
     data = data or (rows[-1] if rows else {})
@@ -445,17 +446,19 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--minutes", type=float, help="run what is missing for so long")
     parser.add_argument("--list", action="store_true", help="what is done, and what is missing")
     parser.add_argument("--figures", action="store_true", help="print the tables and draw the pictures")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="the folder of runs.jsonl [results]")
+    parser.add_argument("--results", type=Path, default=ROOT / "results", help="the folder of runs.jsonl [results]")
     text = "a file to measure the loss on, too; can be repeated"
     parser.add_argument("--text", action="append", type=Path, default=[], help=text)
     parser.add_argument("--commit", help="of the code that runs [what git says]")
     args = parser.parse_args(argv)
-    if not (args.list or args.figures or args.minutes):
+    if not (args.list or args.figures) and args.minutes is None:
         raise ValueError("nothing to do: give --list, --minutes=9 or --figures")
     if args.minutes is not None and not 0 < args.minutes <= 1e5:
         raise ValueError(f"--minutes={args.minutes:g}: must be more than 0, and 100,000 or less")
     if missing := [path for path in args.text if not path.exists()]:
         raise FileNotFoundError(f"no file or folder {missing[0]}")
+    if len({path.name for path in args.text}) < len(args.text):
+        raise ValueError("--text: results have a text's name without its folder, and two have the same")
     check_folders(args.results)
     results = args.results / "runs.jsonl"
     if args.figures and not args.minutes and not results.exists():
@@ -466,7 +469,7 @@ def main(argv: list[str]) -> None:
         asked = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
         if not (commit := args.commit or asked.stdout.strip()):
             raise ValueError("git does not know this folder: say which code runs, --commit=NAME")
-        driver = Driver(results, deadline, commit, args.text)
+        driver = Driver(results, deadline, commit, [path.absolute() for path in args.text])
         memory = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
         gpus = [i for i, size in enumerate(memory) for _ in range(2 if size > 40e9 else 1)] or [None]
         with ThreadPoolExecutor(len(gpus)) as pool:

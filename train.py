@@ -42,7 +42,7 @@ import ops
 import pictures
 import prepare
 import sample
-from files import brief, memory, naming
+from files import brief, memory, naming, writing_file
 from flags import TrainConfig, parse, run
 from model import Hymba, HymbaConfig
 from run_folder import check_folder, metrics_so_far, recorded, resume, run_folder, take_over
@@ -267,9 +267,8 @@ def start(
         torch.set_num_threads(cfg.threads or threads or faster_threads(run))
     if rank == 0:
         run.metrics.parent.mkdir(parents=True, exist_ok=True)
-        with naming(run.metrics):
-            run.metrics.with_suffix(".new").write_text("".join(metrics_so_far(run)))
-        run.metrics.with_suffix(".new").replace(run.metrics)
+        with writing_file(run.metrics) as new:
+            new.write_text("".join(metrics_so_far(run)))
         active = f" ({cost.active_params(model):,} for each token)" if config.n_expert else ""
         size = f"{model.num_params():,} parameters{active}, {cost.flops_per_token(model) / 1e6:,.3g} MFLOP a token"
         where = f"{device} x {world}" if world > 1 else f"{device}"
@@ -470,8 +469,7 @@ def main(argv: list[str]) -> None:
         with signals(world) as received:
             finished = train(run, received)
         if rank == 0 and finished:
-            with naming(run.out / "loss.png"):
-                pictures.plot_loss(run.metrics, run.out / "loss.png")
+            pictures.plot_loss(run.metrics, run.out / "loss.png")
             if cfg.sample_tokens:
                 with torch.compiler.set_stance("force_eager"):  # the engine does not compile
                     sample.stream(sample.Engine(run.model), data.tokenizer, cfg.prompt, cfg.sample_tokens)

@@ -167,3 +167,14 @@ def test_cache_bytes_are_the_bytes_that_the_cache_holds(pattern, n_tokens, dtype
     config = HymbaConfig(**(SMALL | dict(pattern=pattern) | options))
     cache = Cache(config, 3, n_tokens, dtype, torch.device("meta"))
     assert cache.nbytes == 3 * cost.cache_bytes(config, n_tokens, dtype)
+
+
+def test_all_sizes(capsys):
+    """What python cost.py prints: 21 systems at four sizes, matched within 1.2%, and the papers beside them."""
+    cost.main([])
+    out = capsys.readouterr().out
+    for size, least in (("125m", 125), ("350m", 330), ("1b", 900), ("1.5b", 1400)):
+        table = out.partition(f"\n{size}: ")[2].partition("\n\n")[0].splitlines()[2:]
+        assert len(table) == 21 and "Beside the papers" in out
+        active = [float(line.split()[4].replace(",", "")) for line in table]
+        assert min(active) > least and all(abs(n / active[0] - 1) < 0.012 for n in active)  # Mamba: to a block

@@ -89,7 +89,7 @@ def run(script: str, argv: list[str]) -> None:
     elif script == "train.py":
         main([*argv, *TOY.split(), "--n_hidden=16", *["--sample_tokens=0"] * ("recall" in "".join(argv))])
     elif script == "evaluate.py":
-        main([*argv, "--tokens=200", "--trials=1", "--device=cpu"])
+        main([*argv, "--trials=1" if argv[0] == "needle" else "--tokens=200", "--device=cpu"])
     elif script == "recall.py":
         main([*argv, "--pairs=2,4", "--records=50"])
     elif script == "sample.py":

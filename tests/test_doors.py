@@ -330,8 +330,8 @@ OTHERS = {
     ],
     ("cost.py", cost.main): ["x", "--sizes=", "--sizes=3b", "--sizes=1b,", "--match=x", "--size=1b"],
     ("study.py", study.main): [
-        "--list=x", "--minutes=x", "--minutes=0", "--minutes=-1", "--minutes=nan", "--minutes=1e9", "--figures", "x",
-        "--list --results=/dev/null", "--minutes=1 --results=/dev/null/x", "--minute=9",
+        "--list=x", "--minutes=x", "--minutes=0", "--minutes=-1", "--minutes=nan", "--minutes=1e9", "x",
+        "--figures --results=.", "--list --results=/dev/null", "--minutes=1 --results=/dev/null/x", "--minute=9",
     ],
     ("evaluate.py", evaluate.main): [
         "x", "loss --tokens=-1", "loss --tokens=x", "loss --length=99999999", "loss --length=-1", "loss --text=/none",

@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import sys
+import tempfile
 import types
 
 import numpy as np
@@ -19,6 +20,7 @@ import cost
 import evaluate
 import hooks
 import ops
+import pictures
 import recall
 from conftest import MIXED, small, tokens
 from engine import Engine
@@ -342,6 +344,48 @@ def test_the_validation_loss_is_training_s(runs, capsys):
     assert result["models"][str(runs / "out/r")]["texts"]["recall"]["bits_per_byte"] is None  # it is no text
 
 
+def test_what_was_measured_is_not_lost(runs, capsys, monkeypatch):
+    """If the second model fails, the first one's results and table are there, and no picture of another run."""
+    a, b, picture = runs / "out/a", runs / "out/b", runs / "out/a_loss.png"
+    picture.write_text("of another run")
+    load = checkpoint.load
+
+    def fails(name, *args):
+        if name == str(b):
+            raise ValueError("b is corrupt")
+        return load(name, *args)
+
+    monkeypatch.setattr(checkpoint, "load", fails)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ValueError, match="b is corrupt"):
+        run(capsys, "loss", a, b, "--tokens=96")
+    printed = capsys.readouterr().out
+    assert list(json.loads((runs / "out/a_loss.json").read_text())["models"]) == [str(a)]
+    assert str(a) in printed and "the results: " in printed and not picture.exists()
+    monkeypatch.setattr(checkpoint, "load", None)
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: open("/nowhere/x"))
+    with pytest.raises(OSError):  # a folder that cannot be written: said before anything is measured
+        evaluate.main(["loss", str(a), "--device=cpu"])
+
+
+def test_pictures_show_what_is_there(monkeypatch):
+    """Tasks of the harness without an accuracy are left out; texts of one name are two."""
+    plt = pytest.importorskip("matplotlib.pyplot")
+    models = {"a": {"tasks": {"x": {"exact_match,strict-match": 0.5}, "y": {"word_perplexity": 20.0}}}}
+    pictures.draw_harness(plt, models)
+    assert [bar.get_height() for bar in plt.gca().patches] == [0.5]
+    assert [label.get_text() for label in plt.gca().get_xticklabels()] == ["x"]
+    u = {"edges": [1, 4, 16], "by_position": [3.0, 2.0], "by_position_error": [0.1, None], "length": 8}
+    pictures.draw_loss(plt, {"a": {"texts": {"x": u}}, "b": {"texts": {"y": u}}})
+    assert [text.get_text() for text in plt.gca().get_legend().get_texts()] == ["a, x", "b, y"]
+    assert np.allclose(plt.gca().lines[0].get_xdata(), [3**0.5, 60**0.5])
+    row = next(
+        pictures.loss_rows({"texts": {"x": u | dict.fromkeys(["loss", "error", "perplexity", "bits_per_byte"])}})
+    )
+    assert list(row)[-1] == "4 to 15" and row["4 to 15"] == 2.0
+    plt.close("all")
+
+
 @pytest.mark.parametrize("task", ["needle", "heads", "attention", "recall"])
 def test_other_commands(runs, capsys, monkeypatch, task):
     """Each gives a table, a file and a picture, also without matplotlib."""
@@ -379,6 +423,8 @@ def test_what_is_wrong_is_said_first(runs, corpus, tmp_path, monkeypatch):
     a, r, latin = runs / "out/a", runs / "out/r", tmp_path / "latin.txt"
     latin.write_bytes(b"\xe9" * 100)
     (tmp_path / "short.txt").write_text("short")
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "other.json").mkdir()
     (tmp_path / "model").mkdir()
     config = json.loads((a / "best/config.json").read_text())
     for name, change in (("other", {"tokenizer": "bpe:300"}), ("nothing", {"train": None})):
@@ -403,6 +449,11 @@ def test_what_is_wrong_is_said_first(runs, corpus, tmp_path, monkeypatch):
         (["recall", a], "words: no data set of recall.py"),
         (["needle", r], "its tokens stand for no text"),
         (["loss", r, f"--text={latin}"], "its tokens stand for no text"),
+        (["needle", a, f"--text={tmp_path / 'empty.txt'}"], "empty.txt has no text"),
+        (["loss", a, "--lengths=12"], "--lengths is not for the task loss but for needle"),
+        (["needle", a, "--length=12"], "--length is not for the task needle but for loss and heads and attention"),
+        (["loss", a, f"--out={tmp_path / 'other.json'}"], "other.json is a folder: give the name of another .json"),
+        (["loss", a, f"--out={latin / 'x.json'}"], "cannot be a folder"),
         (["heads", a, f"--text={latin}", f"--text={latin}"], "--text: the task heads takes one text"),
         (["needle", a, "--needle=x"], "--needle: write {} where the code goes"),
         (["needle", a, "--lengths=1,x"], "--lengths=1,x: write numbers with commas"),

@@ -98,3 +98,18 @@ def test_a_folder_is_replaced_whole(tmp_path):
     (tmp_path / "x.new").mkdir()
     files.recover(folder)
     assert [f.name for f in tmp_path.iterdir()] == ["x"] and (folder / "text").read_text() == "second"
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path):
+    file = tmp_path / "a.json"
+    file.write_text("old")
+    with pytest.raises(KeyError), files.writing_file(file) as new:
+        new.write_text("half")
+        raise KeyError
+    with pytest.raises(OSError, match="a.json"), files.writing_file(file):
+        raise OSError(28, "No space left on device")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"] and file.read_text() == "old"
+    with files.writing_file(file) as new:
+        assert new.suffix == ".json"  # which says to some writers what to write
+        new.write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"] and file.read_text() == "new"

@@ -253,6 +253,10 @@ def test_tables_and_pictures(tmp_path, capsys):
     assert row in out
     assert "hours on one GPU" in out and all((tmp_path / f"{name}.png").stat().st_size for name in figures.PICTURES)
     wrong = {"nothing to do": [], "=nan: must": ["--minutes=nan"], "more than 0": ["--minutes=-1"]}
+    (tmp_path / "a").mkdir()
+    for name in ("x.txt", "a/x.txt"):
+        (tmp_path / name).touch()
+    wrong["two have the same"] = ["--minutes=1", *(f"--text={tmp_path / name}" for name in ("x.txt", "a/x.txt"))]
     for message, args in (wrong | {"no file or folder none": ["--minutes=1", "--text=none"]}).items():
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             study.main([*args, f"--results={tmp_path}"])
