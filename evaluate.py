@@ -257,16 +257,19 @@ def needle(
 # Heads removed
 
 
-def heads(model: Hymba, measure: Callable[[Hymba], float]) -> dict:
-    """What the heads of one kind in one block are for: the change of measure(model), a loss or an accuracy, when they
-    are removed (Hymba, Fig. 3). {"whole": measure of the whole model, "attn": a change for each block, "ssm": the
-    same}, with None where a block has no such heads."""
-    kinds, whole = ("attn", "ssm"), measure(model)
-    result = {"whole": whole} | {kind: [None] * len(model.blocks) for kind in kinds}
-    there = [(i, kind) for i, b in enumerate(model.blocks) for kind in kinds if getattr(b.mixer, kind) is not None]
-    for i, kind in tqdm(there, desc="heads", leave=False, disable=None):
-        with removed(model.blocks[i], kind):
-            result[kind][i] = measure(model) - whole
+def heads(model: Hymba, measure: Callable[[Hymba], np.ndarray | float]) -> dict:
+    """What the heads of one kind in one block are for: the change of measure(model), losses of windows or an accuracy,
+    when they are removed (Hymba, Fig. 3). {"whole": measure of the whole model, "attn": a change for each block, "ssm":
+    the same, "attn_error" and "ssm_error": standard errors over windows}, with None where a block has no such heads."""
+    whole = np.atleast_1d(measure(model))
+    result = {"whole": float(whole.mean())}
+    for kind in ("attn", "ssm"):
+        there = [getattr(block.mixer, kind) is not None for block in model.blocks]
+        result |= {kind: [None] * len(there), f"{kind}_error": [None] * len(there)}
+        for i in tqdm(np.flatnonzero(there), desc=f"heads: {kind}", leave=False, disable=None):
+            with removed(model.blocks[i], kind):
+                change = mean_and_error(np.atleast_1d(measure(model)) - whole)
+            result[kind][i], result[f"{kind}_error"][i] = change
     return result
 
 
@@ -361,7 +364,7 @@ def measure(args: Namespace, model: Hymba, tokenizer: Tokenizer | None, texts: d
         lengths = [int(u) for u in args.lengths.split(",")] if args.lengths else None
         return needle(model, tokenizer, text, lengths, n=args.trials, fact=args.needle)
     if args.task == "heads":
-        result = {"loss": heads(model, lambda m: float(np.nanmean(losses(m, text, length, n))))}
+        result = {"loss": heads(model, lambda m: np.nanmean(losses(m, text, length, n), axis=1))}
         return result | ({"recall": heads(model, lambda m: recall(m, text, n)["accuracy"])} if text.record > 1 else {})
     if args.task == "attention":
         return {"texts": {name: attention(model, text, length, n) for name, text in texts.items()}}

@@ -150,8 +150,9 @@ def draw_heads(plt, models: dict[str, dict]) -> None:
     for column, (name, r) in zip(axes.T, models.items(), strict=True):
         for ax, what in zip(column, whats, strict=True):
             for shift, kind in ((-0.2, "attn"), (0.2, "ssm")):
-                changes = [change or 0 for change in r[what][kind]] if what in r else []
-                ax.bar(np.arange(len(changes)) + shift, changes, 0.4, label=f"without {kind}")
+                u = r.get(what, {kind: [], f"{kind}_error": []})
+                changes, errors = ([x or 0 for x in u[key]] for key in (kind, f"{kind}_error"))
+                ax.bar(np.arange(len(changes)) + shift, changes, 0.4, yerr=errors, capsize=2, label=f"without {kind}")
             ax.set(xticks=range(len(r["pattern"])), xticklabels=r["pattern"], title=name, ylabel=f"change of {what}")
     axes[0, 0].legend()
 

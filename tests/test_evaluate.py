@@ -171,6 +171,12 @@ def test_heads_removed(fusion):
             assert abs(measured[kind][i]) > 1e-5
     model = small(pattern, fusion=fusion)
     assert measured["whole"] == model(tokens(2, 12), tokens(2, 12)).item()
+    windows = lambda m: np.array([m(tokens(1, 12, seed=i), tokens(1, 12, seed=i)).item() for i in range(3)])  # noqa: E731
+    measured, whole = evaluate.heads(model, windows), windows(model)
+    with hooks.removed(model.blocks[0], "ssm"):
+        changes = windows(model) - whole
+    assert abs(measured["ssm"][0] - changes.mean()) < 1e-6 and measured["ssm"][5] is measured["ssm_error"][5] is None
+    assert abs(measured["ssm_error"][0] - changes.std(ddof=1) / 3**0.5) < 1e-6
 
 
 @pytest.mark.parametrize("pattern,more", [("HhhMTt", {}), ("tTh", {"n_meta": 0}), ("hMH", {"ssm": "mamba2"})])
