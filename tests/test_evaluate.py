@@ -413,7 +413,7 @@ def test_other_commands(runs, capsys, monkeypatch, task):
         assert np.array(first["choice"]).shape == (5, 2) and len(rows) == 2 + 4
     elif task == "heads":
         assert [v is not None for v in first["loss"]["attn"]] == [True] * 4 and len(rows) == 2 + 4
-        assert set(first["recall"]) == {"whole", "attn", "ssm"}
+        assert set(first["recall"]) == {"whole", "attn", "ssm", "attn_error", "ssm_error"}
     elif task == "attention":
         blocks = first["texts"][str(ROOT / "config")]["blocks"]
         assert all(abs(sum(b["share"].values()) - 1) < 1e-4 for b in blocks) and len(rows) == 2 + 2 * 4 + 2 * 2
