@@ -27,7 +27,7 @@ try:
 except ImportError:
     engine_kernels = None
 
-PREFILL = 16384  # tokens, of all rows together, that generate reads in one call: bounds the memory of long prompts
+PREFILL = 16384  # tokens, of all rows together, that are read in one call: bounds the memory of long texts
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The cache

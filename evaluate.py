@@ -56,7 +56,7 @@ TASKS = ("loss", "recall", "needle", "heads", "attention", "harness")
 READ_BY = {"length": ("loss", "heads", "attention", "harness"), "tokens": ("loss", "recall", "heads", "attention")}
 READ_BY |= {"longest": ("loss",)} | dict.fromkeys(("needle", "lengths", "trials"), ("needle",))
 READ_BY |= dict.fromkeys(("tasks", "limit", "shots", "include"), ("harness",))
-AT_ONCE = 16384  # tokens in one forward pass
+READ_BY |= dict.fromkeys(("text", "dataset", "data_dir"), TASKS[:-1])  # the harness has texts of its own
 
 
 @dataclass
@@ -102,9 +102,10 @@ def batches(model: Hymba, text: Text, length: int, n_tokens: int, title: str) ->
     if len(text.tokens) <= T:
         raise ValueError(f"the text has {len(text.tokens):,} tokens, too few for windows of {T:,} + 1: lower --length")
     n, new = max(1, min(n_tokens // T, len(text.tokens) // (T + 1))), T + 1 - len(text.begin)
-    starts, size = even_starts(len(text.tokens), T, n, text.record), max(1, AT_ONCE // T)
+    starts, size = even_starts(len(text.tokens), T, n, text.record), max(1, PREFILL // T)
+    begin = np.array(text.begin, np.int64)
     for i in tqdm(range(0, n, size), desc=title, unit="batch", leave=False, disable=None):
-        yield np.stack([[*text.begin, *text.tokens[s : s + new]] for s in starts[i : i + size]]).astype(np.int64)
+        yield np.stack([np.concatenate([begin, text.tokens[s : s + new]]) for s in starts[i : i + size]])
 
 
 def mean_and_error(x: np.ndarray) -> tuple[float | list, float | list | None]:
@@ -238,7 +239,7 @@ def needle(
     result = {name: np.zeros((len(depths), len(lengths))) for name in ("greedy", "choice", "loss")}
     cells = [(i, j) for j in range(len(lengths)) for i in range(len(depths))]
     for i, j in tqdm(cells, desc="needle", unit="cell", leave=False, disable=None):
-        prompts, room, size = [], lengths[j] - need, max(1, AT_ONCE // lengths[j])
+        prompts, room, size = [], lengths[j] - need, max(1, PREFILL // lengths[j])
         answers = np.stack([rng.choice(pool, choices, replace=False) for _ in range(n)])  # (n, choices, L): right first
         for answer in answers[:, 0].tolist():
             at, cut = rng.integers(len(text.tokens) - room), round(depths[i] * room)

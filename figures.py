@@ -135,11 +135,11 @@ def draw_against(ax, points: dict[str, tuple[float, float]], x: str, y: str) -> 
 
 
 def draw_throughput(ax, done: dict) -> None:
-    rows = {system: row for system, row in timed(ranking(done)).items() if row.get("decode_tokens_per_s")}
-    points = {system: (row["decode_tokens_per_s"], mean_loss(ranking(done)[system])) for system, row in rows.items()}
-    x = "decoding 64 sequences of 8,192 tokens, tokens/s"
-    draw_against(ax, points, x, "validation loss, nats per token")
-    ax.set_title(", ".join({device(row) for row in rows.values()}), fontsize="small")
+    rows = ranking(done)
+    speeds = {system: row.get("decode_tokens_per_s") for system, row in timed(rows).items()}
+    points = {system: (speed, mean_loss(rows[system])) for system, speed in speeds.items() if speed}
+    draw_against(ax, points, "decoding 64 sequences of 8,192 tokens, tokens/s", "validation loss, nats per token")
+    ax.set_title(next((device(row) for row in timed(rows).values()), ""), fontsize="small")
 
 
 def draw_recall(ax, done: dict) -> None:

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from engine import Engine, final_states
+from engine import PREFILL, Engine, final_states
 from model import Hymba
 from tokenizer import Tokenizer, detokenizer, encode_piece, stops
 
-AT_ONCE, TEXTS = 16384, 32  # tokens in one forward pass, and texts that are continued together
+TEXTS = 32  # that are continued together
 
 
 def check_installed() -> None:
@@ -54,7 +54,7 @@ def adapter(model: Hymba, tokenizer: Tokenizer, length: int = 0):
             results, left = [(0.0, True)] * len(rows), sorted(range(len(rows)), key=lambda i: len(rows[i]))
             bar = tqdm(total=len(rows), desc="likelihoods", leave=False, disable=disable_tqdm or None)
             while left:  # the longest first, with others of about that length: rows are filled up on the right
-                n = max(1, AT_ONCE // len(rows[left[-1]]))
+                n = max(1, PREFILL // len(rows[left[-1]]))
                 now, left = left[-n:], left[:-n]
                 idx = torch.zeros(len(now), len(rows[now[-1]]), dtype=torch.long)
                 asked = torch.zeros_like(idx, dtype=torch.bool)

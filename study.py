@@ -328,7 +328,6 @@ def measure(plan: Plan, env: dict, texts: list[Path]) -> dict:
     """What else is known of a trained model: of recall, accuracies, and what removing heads costs; of text, losses by
     position and the needle, and after the longest training heads and attention, too."""
     folder = ROOT / "out" / "study" / plan.name
-    data = plan.flags()["dataset"]
 
     def evaluate(task: str, *options: str) -> dict:
         out = folder / f"{task}.json"
@@ -348,7 +347,7 @@ def measure(plan: Plan, env: dict, texts: list[Path]) -> dict:
     }
     if plan.stage == "long":
         result["heads"] = evaluate("heads")["loss"]
-        result["attention"] = evaluate("attention")["texts"][data]["blocks"]
+        result["attention"] = evaluate("attention")["texts"][plan.flags()["dataset"]]["blocks"]
     if texts:
         losses = evaluate("loss", *(f"--text={text}" for text in texts))["texts"]
         result["texts"] = {Path(text).name: loss for text, loss in losses.items()}

@@ -197,7 +197,7 @@ def test_attention(pattern, more, monkeypatch):
     n = len(TOKENS) // (T + 1)
     windows = np.stack([TOKENS[s : s + T] for s in np.linspace(0, len(TOKENS) - T - 1, n).astype(int)])
     plain = model(torch.tensor(windows))
-    monkeypatch.setattr(evaluate, "AT_ONCE", n * T)  # one batch
+    monkeypatch.setattr(evaluate, "PREFILL", n * T)  # one batch
     result = evaluate.attention(small(pattern, **more), TEXT, length=T, n_tokens=n * T)
     assert result["length"] == T
     for i, (letter, row) in enumerate(zip(pattern, result["blocks"], strict=True)):
@@ -457,6 +457,7 @@ def test_what_is_wrong_is_said_first(runs, corpus, tmp_path, monkeypatch):
         (["loss", r, f"--text={latin}"], "its tokens stand for no text"),
         (["needle", a, f"--text={tmp_path / 'empty.txt'}"], "empty.txt has no text"),
         (["loss", a, "--lengths=12"], "--lengths is not for the task loss but for needle"),
+        (["harness", a, "--tasks=piqa", "--dataset=words"], "--dataset is not for the task harness"),
         (["needle", a, "--length=12"], "--length is not for the task needle but for loss and heads and attention"),
         (["loss", a, f"--out={tmp_path / 'other.json'}"], "other.json is a folder: give the name of another .json"),
         (["loss", a, f"--out={latin / 'x.json'}"], "cannot be a folder"),

@@ -93,7 +93,7 @@ def test_likelihoods_of_long_texts_and_of_texts_together(tasks, monkeypatch):
         tokens = ([256] if not context.strip() else []) + list((context + answer).encode())
         expected.append(log_p(model, tokens[-21:-n], tokens[-n:]))
     for at_once in (1, 60, 16384):
-        monkeypatch.setattr(harness, "AT_ONCE", at_once)
+        monkeypatch.setattr(harness, "PREFILL", at_once)
         for (a, greedy), (b, same) in zip(adapter.loglikelihood([request(*p) for p in pairs]), expected, strict=True):
             assert abs(a - b) < 1e-3 and greedy == same
     with pytest.raises(ValueError, match="--length=20: a task has an answer of 21 tokens"):
