@@ -333,6 +333,7 @@ def test_loss_command(runs, capsys):
     text.write_bytes("é\r\n".encode() * 100)  # 4 bytes, and as many tokens
     (runs / "folder").mkdir()
     (runs / "folder/image.png").write_bytes(b"\x89PNG")  # no text: left out
+    assert len(evaluate.read_text(text, BYTES).tokens) == 400  # a file's bytes, line ends as they are
     text = text.rename(runs / "folder/some.txt").parent
     result, _ = run(capsys, "loss", b / "last", f"--text={text}", f"--out={runs / 'x/y.json'}", "--longest=100")
     text = result["models"][str(b / "last")]["texts"][str(text)]
