@@ -44,7 +44,7 @@ def device(row: dict) -> str:
 
 def timed(rows: dict[str, list[dict]]) -> dict[str, dict]:
     """Of each system, the first seed, which had a GPU for itself: of those on the device that most were timed on."""
-    first = {system: runs[0] for system, runs in rows.items() if runs[0]["seed"] == 1}
+    first = {system: runs[0] for system, runs in rows.items()}
     most = statistics.mode([device(row) for row in first.values()] or [""])
     return {system: row for system, row in first.items() if device(row) == most}
 
@@ -78,7 +78,7 @@ def table(done: dict) -> str:
     halves = half_intervals(done)
     for system, rows in ranking(done).items():
         first, recall = rows[0], best_recall(done, system)
-        speeds = [first["tokens_per_s"] if first["seed"] == 1 else None, first.get("decode_tokens_per_s")]
+        speeds = [first["tokens_per_s"], first.get("decode_tokens_per_s")]
         half = halves.get(system)
         cells = [system, f"`{first['flags']['pattern']}`", f"{len(rows)}", f"{mean_loss(rows):.3f}"]
         cells += [f"{half:.3f}" if half else "", f"{statistics.mean(r['val_bpb'] for r in rows):.3f}"]

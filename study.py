@@ -6,10 +6,11 @@ many parameters.
     python study.py --minutes=9        # run what is missing, the most important first, for so long
     python study.py --figures          # tables and pictures of what is done
 
-Each run is a train.py of its own, on each GPU one at a time while its speed is taken, else two if they fit: one starts
-while the other trains. It adds a line to results/runs.jsonl: what was trained, with which flags, code, data and device,
-and what came out. A run that was cut off goes on from its checkpoint in out/study/, or starts anew where that is gone.
-Learning rates are chosen first, for each system by itself; a variant begins with the rate of the system that it varies.
+Each run is a train.py of its own. A GPU has two at a time if they fit, or one if its speed is asked for: that of its
+last quarter, as the next begins while the one before is measured. It adds a line to results/runs.jsonl: what was
+trained, with which flags, code, data and device, and what came out. A run that was cut off goes on from its checkpoint
+in out/study/, or starts anew where that is gone. Learning rates are tried first, for each system by itself, and the two
+best have an epoch each; a variant has those of the system that it varies. An epoch's loss is that at the better rate.
 
 Data: python prepare.py python --site-packages --tokenizer=bpe:16384 --name=study
       python recall.py
@@ -59,6 +60,7 @@ SYSTEMS = {
 MAIN = list(SYSTEMS)
 SYSTEMS |= {
     "hymba-mamba-first": HYMBA | {"pattern": "M..."},  # the first block has no attention
+    "hymba-full-second": HYMBA | {"pattern": "MH..."},  # nor here, but the second has that of the first
     "hymba-no-meta": HYMBA | {"n_meta": 0},
     "hymba-no-sharing": HYMBA | {"kv_share": False},
     "hymba-no-ssm": HYMBA | {"pattern": "Ttt"},  # T and t where Hymba has H and h
@@ -118,8 +120,8 @@ def settings(system: str, scale: Scale, match: str = "parameters") -> dict:
         given["pattern"] = hybrid_pattern(pattern, n)
     elif pattern == "Ttt":
         given["pattern"] = HymbaConfig(n_layer=n).pattern.replace("H", "T").replace("h", "t")
-    elif pattern == "M...":
-        given["pattern"] = "M" + HymbaConfig(n_layer=n).pattern[1:]
+    elif pattern.endswith("..."):
+        given["pattern"] = (start := pattern[:-3]) + HymbaConfig(n_layer=n).pattern[len(start) :]
     else:
         given["pattern"] = pattern * n if pattern else HymbaConfig(n_layer=n).pattern
     fields = {k: v for k, v in given.items() if k in HymbaConfig.__dataclass_fields__} | {"n_hidden": 8}
@@ -175,69 +177,69 @@ def shares(stage: str, seed: int) -> bool:
     return stage in ("rate", "recall") or seed > 1
 
 
-def trials(done: dict, system: str) -> tuple[list[float], float]:
-    """The rates to be tried for a system, and the best of them, 0 while one is missing.
-
-    Around the best of the system that it is a variant of, if that is known. A best rate at the edge asks for its
-    neighbour, half or twice as large, up to three times.
-    """
-    best = 0.0 if system in MAIN else trials(done, system.split("-")[0])[1]
-    rates = [best / 2, best, 2 * best] if best else list(RATES)
+def trials(done: dict, system: str) -> tuple[list[float], list[float]]:
+    """The rates to be tried for a system, and the two best of them, none while one is missing. A best rate at the edge
+    asks for its neighbour, half or twice as large, up to three times."""
+    rates = list(RATES)
     while True:
-        rows = [done.get(("small", system, "rate", rate, 1)) for rate in rates]
-        if None in rows:
-            return rates, 0.0
-        best = min(zip(rates, rows, strict=True), key=lambda pair: pair[1]["val_loss"] or math.inf)[0]
+        rows = {rate: done.get(("small", system, "rate", rate, 1)) for rate in rates}
+        if None in rows.values():
+            return rates, []
+        best, second, *_ = sorted(rates, key=lambda rate: rows[rate]["val_loss"] or math.inf)
         if best not in (rates[0], rates[-1]) or len(rates) == len(RATES) + 3:
-            return rates, best
+            return rates, [best, second]
         rates = [best / 2, *rates] if best == rates[0] else [*rates, 2 * best]
 
 
-def best_rates(done: dict, system: str) -> list[float]:
-    """The best rate of a system's own trials, and of those of the system that it is a variant of, if they are known."""
-    rates = [trials(done, name)[1] for name in ([system] if system in MAIN else [system, system.split("-")[0]])]
-    return [rate for rate in rates if rate]
+def epoch_rates(done: dict, system: str) -> list[float]:
+    """The two rates of a system's epochs: the best of its trials, or of those of the system that it is a variant of;
+    zeros while they are not known."""
+    return trials(done, system if system in MAIN else system.split("-")[0])[1] or [0.0, 0.0]
 
 
 def plans(done: dict) -> Iterator[Plan]:
     """All runs of the study, the most important first."""
-    best = {system: next(iter(best_rates(done, system)), 0.0) for system in SYSTEMS}
+    rates = {system: epoch_rates(done, system) for system in SYSTEMS}
+    ranked = ranking(done)
+    best = {system: rows[0]["learning_rate"] for system, rows in ranked.items()}  # 0 until both epochs are done
+    best = {s: best[s] if all(("small", s, "epoch", r, 1) in done for r in rates[s]) else 0.0 for s in SYSTEMS}
     variants = [system for system in SYSTEMS if system not in MAIN]
     for system in MAIN:
         for rate in trials(done, system)[0]:
             yield Plan(system, "small", "rate", TRIAL, rate)
-        yield Plan(system, "small", "epoch", EPOCH, best[system])
+        for rate in rates[system]:
+            yield Plan(system, "small", "epoch", EPOCH, rate)
     for system in MAIN:
         yield Plan(system, "small", "epoch", EPOCH, best[system], seed=2)
     for system in MAIN:
         yield Plan(system, "recall", "recall", RECALL, RECALL_RATES[0])
     for system in variants:
-        yield Plan(system, "small", "epoch", EPOCH, best[system])
+        for rate in rates[system]:
+            yield Plan(system, "small", "epoch", EPOCH, rate)
+    for system in ("transformer", "mamba", "inter"):  # Hymba's own operations are the measure
+        yield Plan(system, "small", "flops", EPOCH, best[system])
+    first = next(iter(ranked), MAIN[0])
+    for system in dict.fromkeys([first, "hymba", "transformer", "inter", "intra"]):
+        yield Plan(system, "small", "long", 4 * EPOCH, best[system])
+    for system in dict.fromkeys([first, "hymba", "transformer", "inter", "mamba"]):  # twice as wide: half the rate
+        yield Plan(system, "large", "epoch", 2 * EPOCH, best[system] / 2)
     for rate, seed in zip(RECALL_RATES, (2, 1), strict=True):
         for system in MAIN:
             yield Plan(system, "recall", "recall", RECALL, rate, seed)
-    for system in ("transformer", "mamba", "inter"):  # Hymba's own operations are the measure
-        yield Plan(system, "small", "flops", EPOCH, best[system])
-    ranked = list(dict.fromkeys([*ranking(done), *SYSTEMS]))
-    for system in [system for system in ranked if system in MAIN][:5]:
-        yield Plan(system, "small", "long", 4 * EPOCH, best[system])
     for system in variants:
-        for rate in trials(done, system)[0]:
-            yield Plan(system, "small", "rate", TRIAL, rate)
-    for system in variants:  # once its own rate is known
-        yield Plan(system, "small", "epoch", EPOCH, trials(done, system)[1], seed=2)
-    for system in dict.fromkeys(["transformer", "mamba", "inter", "hymba", ranked[0]]):  # twice as wide: half the rate
-        yield Plan(system, "large", "epoch", 2 * EPOCH, best[system] / 2)
+        yield Plan(system, "small", "epoch", EPOCH, best[system], seed=2)
 
 
 def ranking(done: dict) -> dict[str, list[dict]]:
-    """Epochs of each system that has one at the small scale, a row for each seed; the lowest mean loss first."""
+    """Epochs of each system that has one at the small scale, a row for each seed, at the rate at which the first seed
+    ended lower; the lowest mean loss first."""
     rows = {}
     for system in SYSTEMS:
-        for rate in reversed(best_rates(done, system)):
-            found = [done.get(("small", system, "epoch", rate, seed)) for seed in (1, 2)]
-            if found := [r for r in found if r and r["val_loss"]]:
-                rows[system] = found
+        found = [done.get(("small", system, "epoch", rate, 1)) for rate in epoch_rates(done, system)]
+        if found := [r for r in found if r and r["val_loss"]]:
+            first = min(found, key=lambda r: r["val_loss"])
+            second = done.get(("small", system, "epoch", first["learning_rate"], 2))
+            rows[system] = [first, second] if second and second["val_loss"] else [first]
     return dict(sorted(rows.items(), key=lambda pair: mean_loss(pair[1])))
 
 
@@ -309,7 +311,7 @@ def train(plan: Plan, env: dict, deadline: float) -> dict | None:
     steps, last = [r for r in rows if "loss" in r], rows[-1]
     if not diverged and "val_loss" not in last:
         return None
-    speed = statistics.median([r["tokens_per_s"] for r in steps[len(steps) // 2 :]] or [0])
+    speed = statistics.median([r["tokens_per_s"] for r in steps[3 * len(steps) // 4 :]] or [0])
     curve = [(r["step"], round(r["loss"], 4)) for r in steps[:: max(1, len(steps) // 200)]]
     return {"val_loss": last.get("val_loss"), "val_bpb": last.get("val_bpb"), "tokens_per_s": speed,
             "seconds": round(time.monotonic() - begin), "curve": curve}  # fmt: skip
@@ -380,7 +382,8 @@ class Driver:
                 new = [p for p in plans(done) if p.learning_rate and p.key not in done and p not in self.running]
                 long = self.whole - START if left > 4 * START else math.inf
                 plan = next((p for p in new if not left <= seconds(p, done) <= long), None)
-                if plan is None or not beside or (plan.shares and not self.timed & set(beside)):
+                sharing = any(p.shares for p in beside)  # to its end; what is measured ends before speed is taken
+                if not plan or not (self.timed & set(beside) or (sharing and not plan.shares)):
                     break
                 self.turn.wait()
             if plan:
