@@ -64,17 +64,25 @@ def half_intervals(done: dict) -> dict[str, float]:
 
 def needles(row: dict) -> dict[int, float]:
     """By length, the share of codes that are told from nine others, a mean over depths."""
-    if "needle" not in row:
-        return {}
     lengths, choice = row["needle"]["lengths"], row["needle"]["choice"]  # choice by depth, then length
     return dict(zip(lengths, map(statistics.mean, zip(*choice, strict=True)), strict=True))
+
+
+def reach(row: dict) -> tuple[float, float]:
+    """The loss at positions within the window (256 for all), and at those beyond, up to the training length."""
+    (result,) = row["position"].values()
+    bins = list(zip(result["by_position"], result["edges"][:-1], result["edges"][1:], strict=True))
+    window, end = row["flags"]["window"], row["flags"]["block_size"]
+    within = [(loss, high - low) for loss, low, high in bins if high <= window + 1]
+    beyond = [(loss, high - low) for loss, low, high in bins if window < low and high <= end + 1]
+    return tuple(sum(loss * n for loss, n in part) / sum(n for _, n in part) for part in (within, beyond))
 
 
 def table(done: dict) -> str:
     """A line for each system with an epoch: the means of loss (and half its confidence interval), bits per byte and
     recall over seeds, and what else is known of the first."""
-    heads = ["system", "pattern", "seeds", "loss", "+/-", "bits per byte", "rate", "recall", "needle"]
-    lines = [[*heads, "training, tokens/s", "decode, tokens/s", "on", "cache, MB"], ["---"] * 13]
+    heads = ["system", "pattern", "seeds", "loss", "+/-", "bits per byte", "rate", "within", "beyond", "recall"]
+    lines = [[*heads, "needle", "training, tokens/s", "decode, tokens/s", "on", "cache, MB"], ["---"] * 15]
     halves = half_intervals(done)
     for system, rows in ranking(done).items():
         first, recall = rows[0], best_recall(done, system)
@@ -82,9 +90,10 @@ def table(done: dict) -> str:
         half = halves.get(system)
         cells = [system, f"`{first['flags']['pattern']}`", f"{len(rows)}", f"{mean_loss(rows):.3f}"]
         cells += [f"{half:.3f}" if half else "", f"{statistics.mean(r['val_bpb'] for r in rows):.3f}"]
-        needle = needles(first).get(first["flags"]["block_size"])
-        cells += [f"{first['learning_rate']:g}", f"{mean_recall(recall):.2f}" if recall else ""]
-        cells += ["" if needle is None else f"{needle:.2f}", *(f"{speed:,.0f}" if speed else "" for speed in speeds)]
+        cells += [f"{first['learning_rate']:g}", *(f"{loss:.3f}" for loss in reach(first))]
+        cells.append(f"{mean_recall(recall):.2f}" if recall else "")
+        cells.append(f"{needles(first)[first['flags']['block_size']]:.2f}")
+        cells += [f"{speed:,.0f}" if speed else "" for speed in speeds]
         lines.append([*cells, device(first), f"{cache_mb(first):.1f}"])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
@@ -110,7 +119,8 @@ def draw_rates(ax, done: dict) -> None:
 
 def draw_curves(ax, done: dict, seconds: bool) -> None:
     """Training loss, a mean over neighbours, against operations or seconds of training."""
-    rows = timed({system: runs for system, runs in ranking(done).items() if system in MAIN})
+    ranked = {system: runs for system, runs in ranking(done).items() if system in MAIN}
+    rows = timed(ranked) if seconds else {system: runs[0] for system, runs in ranked.items()}
     for system, row in rows.items():
         flags = row["flags"]
         tokens = flags["batch_size"] * flags["block_size"]
@@ -126,20 +136,24 @@ def draw_curves(ax, done: dict, seconds: bool) -> None:
     )
 
 
-def draw_against(ax, points: dict[str, tuple[float, float]], x: str, y: str) -> None:
+def draw_against(ax, points: dict[str, tuple[float, float]], x: str, y: str, hollow: set[str] = frozenset()) -> None:
     for system, point in points.items():
-        ax.plot(*point, "o", color=COLORS[system])
+        ax.plot(*point, "o", color=COLORS[system], fillstyle="none" if system in hollow else "full")
         ax.annotate(system, point, (5, 3), textcoords="offset points", fontsize="small")
     ax.margins(x=0.2)  # for the last name
     ax.set(xscale="log", xlabel=x, ylabel=y)
 
 
 def draw_throughput(ax, done: dict) -> None:
-    rows = ranking(done)
-    speeds = {system: row.get("decode_tokens_per_s") for system, row in timed(rows).items()}
+    """All systems but variants of Hymba, which lie close together."""
+    rows = {system: runs for system, runs in ranking(done).items() if system in MAIN or system[:5] != "hymba"}
+    speeds = {system: runs[0].get("decode_tokens_per_s") for system, runs in rows.items()}
     points = {system: (speed, mean_loss(rows[system])) for system, speed in speeds.items() if speed}
-    draw_against(ax, points, "decoding 64 sequences of 8,192 tokens, tokens/s", "validation loss, nats per token")
-    ax.set_title(next((device(row) for row in timed(rows).values()), ""), fontsize="small")
+    hollow = points.keys() - timed(rows).keys()
+    x, y = "decoding 64 sequences of 8,192 tokens, tokens/s", "validation loss, nats per token"
+    draw_against(ax, points, x, y, hollow)
+    kinds = {"full" if system not in hollow else "hollow": device(rows[system][0]) for system in points}
+    ax.set_title(", ".join(f"{kind}: {name}" for kind, name in sorted(kinds.items())), fontsize="small")
 
 
 def draw_recall(ax, done: dict) -> None:
@@ -159,16 +173,29 @@ def draw_pairs(ax, done: dict) -> None:
 def draw_positions(ax, done: dict) -> None:
     """Loss by position, to 8 times the training length."""
     for system, runs in ranking(done).items():
-        if system in MAIN and "position" in runs[0]:
+        if system in MAIN:
             (result,) = runs[0]["position"].values()
             middles = pictures.middles(result["edges"], len(result["by_position"]))
             ax.plot(middles, result["by_position"], COLORS[system], label=system)
     ax.set(xscale="log", xlabel="position", ylabel="loss, nats per token")
 
 
+def draw_reach(ax, done: dict) -> None:
+    """Beyond the window, systems that find needles are ahead of what their loss within it lets expect."""
+    for system, runs in ranking(done).items():
+        point, found = reach(runs[0]), needles(runs[0])[runs[0]["flags"]["block_size"]]
+        ax.scatter(*point, c=found, vmin=0, vmax=1, cmap="viridis")
+        ax.annotate(system, point, (5, 3), textcoords="offset points", fontsize="small")
+    if ax.collections:
+        ax.figure.colorbar(ax.collections[0], label="needle found in 1,024 tokens")
+    ax.margins(x=0.2)  # for the last name
+    ax.set(xlabel="loss at the first 256 positions, nats per token", ylabel="loss at the others, nats per token")
+
+
 def draw_needle(ax, done: dict) -> None:
     for system, runs in ranking(done).items():
-        if system in MAIN and (found := needles(runs[0])):
+        if system in MAIN:
+            found = needles(runs[0])
             ax.plot(found.keys(), found.values(), "o-", color=COLORS[system], label=system)
     ax.set(xscale="log", xlabel="tokens of text", ylabel="needle found")
 
@@ -191,7 +218,8 @@ def draw_ladder(ax, done: dict) -> None:
 PICTURES = {
     "losses": draw_losses, "rates": draw_rates, "ladder": draw_ladder, "throughput": draw_throughput,
     "flops": lambda ax, done: draw_curves(ax, done, False), "time": lambda ax, done: draw_curves(ax, done, True),
-    "recall": draw_recall, "pairs": draw_pairs, "positions": draw_positions, "needle": draw_needle,
+    "recall": draw_recall, "pairs": draw_pairs, "positions": draw_positions, "reach": draw_reach,
+    "needle": draw_needle,
 }  # fmt: skip
 
 

@@ -24,7 +24,7 @@ def made_up(plan: study.Plan, loss: float) -> dict:
     row |= {"tokens_per_s": 1e6, "curve": [(i, loss + 1 / i) for i in range(1, 200)]}
     if plan.stage == "recall":
         return row | {"accuracy": 0.5, "pairs": {"4": {"accuracy": 0.9}, "8": {"accuracy": 0.1}}, "cache_bytes": 1000}
-    position = {"study": {"edges": [1, 10, 100], "by_position": [3.0, 2.0]}}
+    position = {"study": {"edges": [1, 100, 257, 1025, 8193], "by_position": [3.0, 2.0, 1.0, 9.0]}}
     needle = {"lengths": [256, 1024], "choice": [[0.5, 0.25], [0.5, 0.75]]}
     return row | {"decode_tokens_per_s": 1e4, "position": position, "needle": needle}
 
@@ -258,9 +258,21 @@ def test_tables_and_pictures(tmp_path, capsys):
     assert list(study.read(results)) == list(done)  # on the data of the last line
     study.main(["--list", "--figures", f"--results={tmp_path}"])
     out = capsys.readouterr().out
-    pattern = "`HhhhhHhhhhhH`"
-    row = f"| hymba | {pattern} | 2 | 1.515 | 0.013 | 0.758 | 0.001 | 0.50 | 0.50 | 1,000,000 | 10,000 | H100 | 2"
-    assert row in out
+    within = (99 * 3.0 + 157 * 2.0) / 256  # positions 1 to 256
+    cells = [
+        "hymba",
+        "`HhhhhHhhhhhH`",
+        "2",
+        "1.515",
+        "0.013",
+        "0.758",
+        "0.001",
+        f"{within:.3f}",
+        "1.000",
+        "0.50",
+        "0.50",
+    ]
+    assert " | ".join([*cells, "1,000,000", "10,000", "H100", "2"]) in out
     assert "hours on one GPU" in out and all((tmp_path / f"{name}.png").stat().st_size for name in figures.PICTURES)
     wrong = {"nothing to do": [], "=nan: must": ["--minutes=nan"], "more than 0": ["--minutes=-1"]}
     (tmp_path / "a").mkdir()
@@ -296,6 +308,10 @@ def test_which_rows_are_shown():
     done["small", "mamba", "epoch", 1e-3, 1]["device"] = "NVIDIA H200"
     assert set(figures.timed(study.ranking(done))) == {"transformer", "inter", "hymba"}
     assert "| H200 |" in figures.table(done)
+    plt = pytest.importorskip("matplotlib.pyplot")
+    figures.draw_throughput(axes := plt.figure().add_subplot(), done)
+    assert axes.get_title() == "full: H100, hollow: H200" and len(axes.lines) == 4
+    plt.close()
     names = {"NVIDIA H100 80GB HBM3": "H100", "NVIDIA GeForce RTX 4090": "GeForce RTX 4090", "cpu": "cpu"}
     assert {name: figures.device({"device": name}) for name in names} == names and figures.device({}) == "?"
     low, high = study.RECALL_RATES
