@@ -43,7 +43,7 @@ def device(row: dict) -> str:
 
 
 def timed(rows: dict[str, list[dict]]) -> dict[str, dict]:
-    """Of each system, the first seed, which had a GPU for itself: of those on the device that most were timed on."""
+    """Of each system, the first seed, if it was timed on the device that most were timed on."""
     first = {system: runs[0] for system, runs in rows.items()}
     most = statistics.mode([device(row) for row in first.values()] or [""])
     return {system: row for system, row in first.items() if device(row) == most}
@@ -69,7 +69,8 @@ def needles(row: dict) -> dict[int, float]:
 
 
 def reach(row: dict) -> tuple[float, float]:
-    """The loss at positions within the window (256 for all), and at those beyond, up to the training length."""
+    """The loss at positions within the window and beyond it, up to the training length, in bins that lie on one side:
+    1 to 213 and 268 to 1,024."""
     (result,) = row["position"].values()
     bins = list(zip(result["by_position"], result["edges"][:-1], result["edges"][1:], strict=True))
     window, end = row["flags"]["window"], row["flags"]["block_size"]
@@ -131,6 +132,7 @@ def draw_curves(ax, done: dict, seconds: bool) -> None:
         ax.plot([step * unit for step in steps[5:]], smooth[5:], COLORS[system], lw=1, label=system)
     low = min((row["val_loss"] for row in rows.values()), default=1.0)
     what = "seconds" if seconds else "floating-point operations"
+    ax.set_title(next(iter(map(device, rows.values())), "") if seconds else "", fontsize="small")
     ax.set(
         xscale="log", ylim=(low - 0.1, low + 1.5), xlabel=f"training, {what}", ylabel="training loss, nats per token"
     )
@@ -146,14 +148,14 @@ def draw_against(ax, points: dict[str, tuple[float, float]], x: str, y: str, hol
 
 def draw_throughput(ax, done: dict) -> None:
     """All systems but variants of Hymba, which lie close together."""
-    rows = {system: runs for system, runs in ranking(done).items() if system in MAIN or system[:5] != "hymba"}
+    rows = {system: runs for system, runs in ranking(done).items() if system in MAIN or not system.startswith("hymba")}
     speeds = {system: runs[0].get("decode_tokens_per_s") for system, runs in rows.items()}
     points = {system: (speed, mean_loss(rows[system])) for system, speed in speeds.items() if speed}
     hollow = points.keys() - timed(rows).keys()
     x, y = "decoding 64 sequences of 8,192 tokens, tokens/s", "validation loss, nats per token"
     draw_against(ax, points, x, y, hollow)
-    kinds = {"full" if system not in hollow else "hollow": device(rows[system][0]) for system in points}
-    ax.set_title(", ".join(f"{kind}: {name}" for kind, name in sorted(kinds.items())), fontsize="small")
+    names = {(system in hollow, device(rows[system][0])) for system in points}
+    ax.set_title(", ".join(f"{'hollow' if h else 'full'}: {name}" for h, name in sorted(names)), fontsize="small")
 
 
 def draw_recall(ax, done: dict) -> None:
@@ -189,7 +191,7 @@ def draw_reach(ax, done: dict) -> None:
     if ax.collections:
         ax.figure.colorbar(ax.collections[0], label="needle found in 1,024 tokens")
     ax.margins(x=0.2)  # for the last name
-    ax.set(xlabel="loss at the first 256 positions, nats per token", ylabel="loss at the others, nats per token")
+    ax.set(xlabel="loss within the window of 256, nats per token", ylabel="loss beyond it, nats per token")
 
 
 def draw_needle(ax, done: dict) -> None:

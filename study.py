@@ -6,11 +6,12 @@ many parameters.
     python study.py --minutes=9        # run what is missing, the most important first, for so long
     python study.py --figures          # tables and pictures of what is done
 
-Each run is a train.py of its own. A GPU has two at a time if they fit, or one if its speed is asked for: that of its
-last quarter, as the next begins while the one before is measured. It adds a line to results/runs.jsonl: what was
-trained, with which flags, code, data and device, and what came out. A run that was cut off goes on from its checkpoint
-in out/study/, or starts anew where that is gone. Learning rates are tried first, for each system by itself, and the two
-best have an epoch each; a variant has those of the system that it varies. An epoch's loss is that at the better rate.
+Each run is a train.py of its own, and adds a line to results/runs.jsonl: what was trained, with which flags, code, data
+and device, and what came out. A GPU with enough memory trains two at a time, but one alone where the speed is asked
+for. The next begins while that one is measured, so speed is taken over the last quarter of the steps. A run that was
+cut off goes on from its checkpoint in out/study/, or starts anew where there is none. Learning rates are tried first,
+for each system by itself. The two best have an epoch each, and the better one counts; variants take the two of the
+system they vary.
 
 Data: python prepare.py python --site-packages --tokenizer=bpe:16384 --name=study
       python recall.py
@@ -24,6 +25,7 @@ if __name__ == "__main__":
 import json
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -200,9 +202,10 @@ def epoch_rates(done: dict, system: str) -> list[float]:
 def plans(done: dict) -> Iterator[Plan]:
     """All runs of the study, the most important first."""
     rates = {system: epoch_rates(done, system) for system in SYSTEMS}
-    ranked = ranking(done)
-    best = {system: rows[0]["learning_rate"] for system, rows in ranked.items()}  # 0 until both epochs are done
-    best = {s: best[s] if all(("small", s, "epoch", r, 1) in done for r in rates[s]) else 0.0 for s in SYSTEMS}
+    known = {s for s in SYSTEMS if all(("small", s, "epoch", rate, 1) in done for rate in rates[s])}
+    firsts = {system: rows[0] for system, rows in ranking(done).items()}  # first seeds, at the better rate
+    best = {s: firsts[s]["learning_rate"] if s in known & firsts.keys() else 0.0 for s in SYSTEMS}  # 0: not known
+    winner = min(firsts, key=lambda s: firsts[s]["val_loss"]) if known == SYSTEMS.keys() and firsts else "hymba"
     variants = [system for system in SYSTEMS if system not in MAIN]
     for system in MAIN:
         for rate in trials(done, system)[0]:
@@ -218,10 +221,9 @@ def plans(done: dict) -> Iterator[Plan]:
             yield Plan(system, "small", "epoch", EPOCH, rate)
     for system in ("transformer", "mamba", "inter"):  # Hymba's own operations are the measure
         yield Plan(system, "small", "flops", EPOCH, best[system])
-    first = next(iter(ranked), MAIN[0])
-    for system in dict.fromkeys([first, "hymba", "transformer", "inter", "intra"]):
+    for system in dict.fromkeys([winner, "hymba", "transformer", "inter", "intra"]):
         yield Plan(system, "small", "long", 4 * EPOCH, best[system])
-    for system in dict.fromkeys([first, "hymba", "transformer", "inter", "mamba"]):  # twice as wide: half the rate
+    for system in dict.fromkeys([winner, "hymba", "transformer", "inter", "mamba"]):  # twice as wide: half the rate
         yield Plan(system, "large", "epoch", 2 * EPOCH, best[system] / 2)
     for rate, seed in zip(RECALL_RATES, (2, 1), strict=True):
         for system in MAIN:
@@ -293,8 +295,10 @@ def train(plan: Plan, env: dict, deadline: float) -> dict | None:
     saved = json.loads(config.read_text()) if (config := folder / "last/config.json").exists() else {}
     meta = json.loads((ROOT / "data" / plan.flags()["dataset"] / "meta.json").read_text())
     saved = saved if saved and saved["data"]["train"] == meta["train"]["sha256"] else {}  # of other data: not this run
-    again = ["--resume=anyway"] if saved else ["--overwrite"]
-    command = [sys.executable, "train.py", "config/study.py", *options, f"--out_dir={folder}", *again]
+    if not saved:
+        shutil.rmtree(folder, ignore_errors=True)  # nothing of another run is to be taken for this one's
+    command = [sys.executable, "train.py", "config/study.py", *options, f"--out_dir={folder}"]
+    command += ["--resume=anyway"] if saved else []
     if saved.get("step") != plan.flags()["max_steps"]:  # else it is trained, and what followed was cut off
         output = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         process = subprocess.Popen(command, cwd=ROOT, env=env, **output)
@@ -308,7 +312,7 @@ def train(plan: Plan, env: dict, deadline: float) -> dict | None:
         if process.returncode and not diverged:
             raise RuntimeError(f"{plan.name}: {said[-2000:]}")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps, last = [r for r in rows if "loss" in r], rows[-1]
+    steps, last = [r for r in rows if "loss" in r], rows[-1] if rows and not diverged else {}
     if not diverged and "val_loss" not in last:
         return None
     speed = statistics.median([r["tokens_per_s"] for r in steps[3 * len(steps) // 4 :]] or [0])
@@ -362,52 +366,60 @@ class Driver:
     def __init__(self, results: Path, deadline: float, commit: str, texts: list[Path]):
         self.results, self.deadline, self.texts = results, deadline, texts
         self.whole = deadline - time.monotonic()
-        self.running: dict[Plan, int | None] = {}  # on which GPU
-        self.timed: set[Plan] = set()  # of these, the ones whose speed is being taken
+        self.begun: dict[Plan, tuple[int | None, str]] = {}  # its GPU, and "training", "measuring" or "over"
         self.failed: list[str] = []
-        self.turn = threading.Condition()  # holds what is running and the file of results
+        self.turn = threading.Condition()  # holds what was begun and the file of results
         self.origin = {"commit": commit, "torch": torch.__version__}
         for flags in (scale.flags for scale in SCALES.values()):
             meta = prepare.open_split(ROOT / "data" / flags["dataset"], "train", flags["data_command"])[1]
             self.origin[f"{flags['dataset']}_data"] = meta["train"]["sha256"][:12]
 
-    def next(self, gpu: int | None) -> Plan | None:
-        """The first plan that is not done, is not being run, has a rate, and will end in time, once the GPU has room:
-        for one run that is timed, or two that are not, or no longer. One for which no call of so many minutes has the
-        time begins nevertheless, and goes on in the next if out/ is still there."""
-        with self.turn:
-            while True:
-                done, left = read(self.results, self.origin), self.deadline - time.monotonic()
-                beside = [plan for plan, where in self.running.items() if where == gpu]
-                new = [p for p in plans(done) if p.learning_rate and p.key not in done and p not in self.running]
-                long = self.whole - START if left > 4 * START else math.inf
-                plan = next((p for p in new if not left <= seconds(p, done) <= long), None)
-                sharing = any(p.shares for p in beside)  # to its end; what is measured ends before speed is taken
-                if not plan or not (self.timed & set(beside) or (sharing and not plan.shares)):
-                    break
-                self.turn.wait()
-            if plan:
-                self.running[plan] = gpu
-                if not plan.shares:
-                    self.timed.add(plan)
-            return plan
+    def on(self, gpu: int | None, stage: str) -> list[Plan]:
+        return [plan for plan, where in self.begun.items() if where == (gpu, stage)]
 
-    def make_room(self, plan: Plan) -> None:
-        """Let another run begin on the plan's GPU."""
+    def enter(self, plan: Plan, gpu: int | None, stage: str) -> None:
         with self.turn:
-            self.timed.discard(plan)
+            self.begun[plan] = gpu, stage
             self.turn.notify_all()
 
-    def end(self, plan: Plan, row: dict | None) -> None:
+    def fits(self, took: float) -> bool:
+        """Whether a run of so many seconds is to begin: if it will end in time, or if no call of as many minutes has
+        the time for it. That one goes on in the next call if out/ is still there."""
+        left = self.deadline - time.monotonic()
+        return took < left or (left > 4 * START and took > self.whole - START)
+
+    def next(self, gpu: int | None) -> Plan | None:
+        """The first plan that is not done, was not begun, has a rate, and fits, once the GPU has room: it trains two
+        that are not timed, or one. None if there is no such plan, and nothing that runs can tell a missing rate."""
         with self.turn:
-            self.running[plan] = -1  # on no GPU; and if it failed, nobody takes it up again
-            self.make_room(plan)
+            while True:
+                done = read(self.results, self.origin)
+                new = [p for p in plans(done) if p.key not in done and p not in self.begun]
+                plan = next((p for p in new if p.learning_rate and self.fits(seconds(p, done))), None)
+                beside = self.on(gpu, "training")
+                if plan and (not beside or all(p.shares for p in [plan, *beside])):
+                    self.enter(plan, gpu, "training")
+                    return plan
+                busy = any(stage != "over" for _, stage in self.begun.values())
+                if not plan and not (busy and any(not p.learning_rate for p in new)):
+                    return None
+                self.turn.wait()
+
+    def alone(self, gpu: int | None) -> None:
+        """Wait until nothing is measured on the GPU."""
+        with self.turn:
+            self.turn.wait_for(lambda: not self.on(gpu, "measuring"))
+
+    def end(self, plan: Plan, gpu: int | None, row: dict | None) -> None:
+        with self.turn:
             if row:
                 with naming(self.results), self.results.open("a") as f:
                     f.write(json.dumps(row) + "\n")
+            self.enter(plan, gpu, "over")  # and if it failed, nobody takes it up again
 
     def work(self, gpu: int | None) -> None:
-        env = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)})
+        names = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        env = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": names[gpu] if names else str(gpu)})
         device = "cpu" if gpu is None else torch.cuda.get_device_name(gpu)
         while plan := self.next(gpu):
             row = None
@@ -417,8 +429,9 @@ class Driver:
                     return
                 if outcome["val_loss"] is not None:
                     if not plan.shares and gpu is not None:
+                        self.alone(gpu)
                         outcome["decode_tokens_per_s"] = decode_speed(plan, env)
-                    self.make_room(plan)
+                    self.enter(plan, gpu, "measuring")
                     outcome |= measure(plan, env, self.texts)
                 row = {"scale": plan.scale, "system": plan.system, "stage": plan.stage, "tokens": plan.tokens}
                 row |= {"learning_rate": plan.learning_rate, "seed": plan.seed, "flags": plan.flags()}
@@ -428,7 +441,7 @@ class Driver:
                 print(f"{time.strftime('%H:%M:%S')} {plan.name} failed: {e}", flush=True)
                 self.failed.append(plan.name)
             finally:
-                self.end(plan, row)
+                self.end(plan, gpu, row)
 
 
 def listing(done: dict) -> None:

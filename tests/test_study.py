@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import statistics
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ def made_up(plan: study.Plan, loss: float) -> dict:
     row |= {"tokens_per_s": 1e6, "curve": [(i, loss + 1 / i) for i in range(1, 200)]}
     if plan.stage == "recall":
         return row | {"accuracy": 0.5, "pairs": {"4": {"accuracy": 0.9}, "8": {"accuracy": 0.1}}, "cache_bytes": 1000}
-    position = {"study": {"edges": [1, 100, 257, 1025, 8193], "by_position": [3.0, 2.0, 1.0, 9.0]}}
+    position = {"study": {"edges": [1, 100, 250, 300, 1025, 8193], "by_position": [3.0, 2.0, 9.0, 1.0, 9.0]}}
     needle = {"lengths": [256, 1024], "choice": [[0.5, 0.25], [0.5, 0.75]]}
     return row | {"decode_tokens_per_s": 1e4, "position": position, "needle": needle}
 
@@ -51,13 +52,22 @@ def test_the_study_ends_and_repeats_nothing():
         best = optimum.get(system, 2e-3)
         assert found[0] == ([best, best / 2] if best != 0.25e-3 else [best, 2 * best]), system
         assert found[1] == [best / 2 if system == "hymba-no-meta" else best]
-    long = {p.system: p.learning_rate for p in order if p.stage == "long"}
-    assert list(long)[0] == "hymba-no-meta" and long["hymba-no-meta"] == 1e-3 and len(long) == 5
-    assert {p.learning_rate for p in order if (p.scale, p.system) == ("large", "hymba")} == {1e-3}
+    long, flops, large = (
+        {p.system: p.learning_rate for p in order if key in p.key} for key in ("long", "flops", "large")
+    )
+    assert long == dict.fromkeys(("hymba", "inter", "intra"), 2e-3) | {"transformer": 0.25e-3, "hymba-no-meta": 1e-3}
+    assert flops == {"transformer": 0.25e-3, "mamba": 16e-3, "inter": 2e-3}
+    assert large == {"hymba-no-meta": 0.5e-3, "hymba": 1e-3, "transformer": 0.125e-3, "inter": 1e-3, "mamba": 8e-3}
+    found = {(p.learning_rate, p.seed) for p in order if p.key[:2] == ("recall", "hymba")}
+    assert found == {(3e-3, 1), (3e-3, 2), (6e-3, 1)}
+    for rate in (2e-3, 1e-3):  # both epochs of a system that is not among these
+        done["small", "hymba-group", "epoch", rate, 1]["val_loss"] = None
+    assert "hymba-group" not in study.ranking(done) and all(p.key in done for p in study.plans(done) if p.learning_rate)
     diverged = {k: r | {"val_loss": None if k[3] == 2e-3 else r["val_loss"]} for k, r in done.items()}
     assert 2e-3 not in study.trials(diverged, "hymba")[1]
     del done["small", "hymba", "epoch", 1e-3, 1]  # while it runs, the better rate is not known
     assert [p.learning_rate for p in study.plans(done) if (p.system, p.stage, p.seed) == ("hymba", "epoch", 2)] == [0]
+    assert {p.system for p in study.plans(done) if p.stage == "long"} == {"hymba", "transformer", "inter", "intra"}
 
 
 def test_how_long_a_run_takes():
@@ -123,6 +133,9 @@ def test_a_run_is_recorded_and_goes_on(toy, tmp_path, monkeypatch):
     (row,) = study.read(tmp_path / "runs.jsonl").values()
     assert row["val_loss"] > 0 and row["commit"] == "abc" and row["device"] == "cpu" and len(row["words_data"]) == 12
     assert row["flags"]["max_steps"] == 64 and row["curve"][-1][0] == 64
+    lines = (tmp_path / "out/study" / plan.name / "metrics.jsonl").read_text().splitlines()
+    speeds = [step["tokens_per_s"] for step in map(json.loads, lines) if "loss" in step]
+    assert row["tokens_per_s"] == statistics.median(speeds[3 * len(speeds) // 4 :]) != statistics.median(speeds)
     toy(600).work(None)  # done: not run again
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 1
     for stage in ("rate", "epoch"):  # on other data: only rates stand
@@ -135,17 +148,10 @@ def test_timed_runs_have_the_gpu_for_themselves(toy, tmp_path, monkeypatch, caps
     """Two at a time where speed is not asked for, or no longer, in the order of the plans, each once; and a run that
     fails stops none of the others."""
     new = lambda stage, rate: study.Plan("hymba", "small", stage, 2048, rate)  # noqa: E731
-    order = [
-        new("rate", 1.0),
-        new("rate", 2.0),
-        new("epoch", 3.0),
-        new("recall", 4.0),
-        new("recall", 5.0),
-        new("epoch", 6.0),
-        new("epoch", 7.0),
-    ]
+    stages = ["rate", "rate", "epoch", "recall", "recall", "epoch", "epoch"]
+    order = [new(stage, float(rate)) for rate, stage in enumerate(stages, 1)]
     at_once, most, lock, together = [], {}, threading.Lock(), threading.Barrier(2)
-    begun = {rate: threading.Event() for rate in (3.0, 4.0, 7.0)}
+    begun, waiting = {rate: threading.Event() for rate in (4.0, 7.0)}, threading.Event()
 
     def train(plan, env, deadline):
         with lock:
@@ -157,6 +163,8 @@ def test_timed_runs_have_the_gpu_for_themselves(toy, tmp_path, monkeypatch, caps
         if plan.stage == "epoch":
             return {"val_loss": 1.0, "tokens_per_s": 1e6}
         together.wait(60)
+        if plan.learning_rate == 2.0:
+            assert waiting.wait(20)  # the first of those that are timed, for this one
         with lock:
             at_once.remove(plan)
         if plan.learning_rate == 5.0:
@@ -164,16 +172,16 @@ def test_timed_runs_have_the_gpu_for_themselves(toy, tmp_path, monkeypatch, caps
         return {"val_loss": 1.0, "tokens_per_s": 1e6}
 
     def decode_speed(plan, env):
+        assert not driver.on(0, "measuring")
         time.sleep(0.3)  # another would begin beside it
         with lock:
             at_once.remove(plan)
         return 1e4
 
     def measure(plan, env, texts):
-        if plan.learning_rate == 2.0:  # one that shares the GPU keeps a timed one waiting
-            assert not begun[3.0].wait(0.3)
-        if follows := {3.0: 4.0, 6.0: 7.0}.get(plan.learning_rate):  # one that was timed does not, while it is measured
-            assert begun[follows].wait(20)
+        if follows := {3.0: 4.0, 6.0: 7.0}.get(plan.learning_rate):
+            assert begun[follows].wait(20)  # it begins while this one is measured
+            time.sleep(0.3)
         return {}
 
     for f in (train, decode_speed, measure):
@@ -181,6 +189,8 @@ def test_timed_runs_have_the_gpu_for_themselves(toy, tmp_path, monkeypatch, caps
     monkeypatch.setattr(study, "plans", lambda done: order)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu: "a GPU")
     driver = toy(600)
+    wait = driver.turn.wait
+    monkeypatch.setattr(driver.turn, "wait", lambda *args: (waiting.set(), wait(*args)))
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(driver.work, [0, 0]))
     assert driver.failed == [order[4].name] and "failed: hymba: out of memory" in capsys.readouterr().out
@@ -188,6 +198,45 @@ def test_timed_runs_have_the_gpu_for_themselves(toy, tmp_path, monkeypatch, caps
     assert sorted(row["learning_rate"] for row in rows) == [1.0, 2.0, 3.0, 4.0, 6.0, 7.0]  # 5.0 is not tried again
     assert [row["learning_rate"] for row in rows if row.get("decode_tokens_per_s")] == [3.0, 6.0, 7.0]
     assert [most[plan] for plan in order] == [2, 2, 1, 2, 2, 1, 1]
+
+
+def test_waiting_for_a_rate(toy, monkeypatch):
+    """A run that may tell the rate of others is waited for, on other GPUs, too; a plan without a rate never begins."""
+    trial, unknown, epoch = (
+        study.Plan("hymba", "small", *args) for args in (("rate", 1, 1e-3), ("epoch", 1, 0.0), ("epoch", 1, 1e-3))
+    )
+    monkeypatch.setattr(study, "plans", lambda done: [trial, epoch if trial.key in done else unknown])
+    monkeypatch.setattr(study, "seconds", lambda plan, done: 1)
+    driver = toy(600)
+    assert driver.next(0) == trial
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(driver.next, 1)
+        with pytest.raises(TimeoutError):
+            other.result(0.3)
+        driver.end(trial, 0, made_up(trial, 2.0) | driver.origin)
+        assert other.result(60) == epoch
+    driver.end(epoch, 1, None)
+    monkeypatch.setattr(study, "plans", lambda done: [unknown])
+    assert driver.next(0) is None
+
+
+@pytest.mark.parametrize("steps", [0, 8])
+def test_a_run_that_diverges(toy, tmp_path, steps):
+    """It has no loss, neither its own nor that of an earlier run of the same name on other data."""
+    plan = study.Plan("hymba", "small", "epoch", 64 * 32, 1e-3)
+    folder = tmp_path / "out/study" / plan.name
+    (folder / "last").mkdir(parents=True)
+    (folder / "last/config.json").write_text(json.dumps({"data": {"train": "other"}, "step": 64}))
+    (folder / "metrics.jsonl").write_text('{"step": 64, "val_loss": 1.23}\n')
+    (tmp_path / "train.py").unlink()
+    row = json.dumps({"step": 1, "loss": 3.0, "tokens_per_s": 7.0})
+    (tmp_path / "train.py").write_text(
+        f"import pathlib\npathlib.Path({str(folder)!r}).mkdir(parents=True)\n"
+        f"pathlib.Path({str(folder)!r}, 'metrics.jsonl').write_text({row!r} + '\\n' if {steps} else '')\n"
+        "raise SystemExit('the loss is nan: try a lower learning_rate')\n"
+    )
+    row = study.train(plan, os.environ, time.monotonic() + 60)
+    assert row["val_loss"] is None and row["curve"] == ([(1, 3.0)] if steps else [])
 
 
 def test_cut_off_runs_go_on(toy, tmp_path, monkeypatch):
@@ -258,7 +307,7 @@ def test_tables_and_pictures(tmp_path, capsys):
     assert list(study.read(results)) == list(done)  # on the data of the last line
     study.main(["--list", "--figures", f"--results={tmp_path}"])
     out = capsys.readouterr().out
-    within = (99 * 3.0 + 157 * 2.0) / 256  # positions 1 to 256
+    within = (99 * 3.0 + 150 * 2.0) / 249  # positions 1 to 249
     cells = [
         "hymba",
         "`HhhhhHhhhhhH`",
@@ -308,10 +357,6 @@ def test_which_rows_are_shown():
     done["small", "mamba", "epoch", 1e-3, 1]["device"] = "NVIDIA H200"
     assert set(figures.timed(study.ranking(done))) == {"transformer", "inter", "hymba"}
     assert "| H200 |" in figures.table(done)
-    plt = pytest.importorskip("matplotlib.pyplot")
-    figures.draw_throughput(axes := plt.figure().add_subplot(), done)
-    assert axes.get_title() == "full: H100, hollow: H200" and len(axes.lines) == 4
-    plt.close()
     names = {"NVIDIA H100 80GB HBM3": "H100", "NVIDIA GeForce RTX 4090": "GeForce RTX 4090", "cpu": "cpu"}
     assert {name: figures.device({"device": name}) for name in names} == names and figures.device({}) == "?"
     low, high = study.RECALL_RATES
@@ -328,6 +373,22 @@ def test_which_rows_are_shown():
     done["small", variant, "epoch", other, 1] = new(other, 0.9)
     done["small", variant, "epoch", one, 2] = new(one, 0.1)
     assert [r["learning_rate"] for r in study.ranking(done)[variant]] == [other]  # first seeds decide
+
+
+def test_speeds_of_two_devices_are_told_apart():
+    plt = pytest.importorskip("matplotlib.pyplot")
+    plans = [plan for system in ("transformer", "hymba", "inter", "mamba") for plan in plans_of(system)]
+    done = {plan.key: made_up(plan, 1.5 + abs(plan.learning_rate - 1e-3)) for plan in plans}
+    done["small", "mamba", "epoch", 1e-3, 1]["device"] = "NVIDIA H200"
+    variant = study.Plan("hymba-no-meta", "small", "epoch", study.EPOCH, 1e-3)  # not drawn
+    figures.draw_throughput(axes := plt.figure().add_subplot(), done | {variant.key: made_up(variant, 1.0)})
+    assert axes.get_title() == "full: H100, hollow: H200"
+    assert sorted(line.get_fillstyle() for line in axes.lines) == ["full", "full", "full", "none"]
+    figures.draw_curves(axes := plt.figure().add_subplot(), done, seconds=True)
+    assert len(axes.lines) == 3 and axes.get_title() == "H100"
+    figures.draw_curves(axes := plt.figure().add_subplot(), done, seconds=False)
+    assert len(axes.lines) == 4
+    plt.close("all")
 
 
 def plans_of(system: str) -> list[study.Plan]:
