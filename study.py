@@ -382,20 +382,23 @@ class Driver:
             self.begun[plan] = gpu, stage
             self.turn.notify_all()
 
-    def fits(self, took: float) -> bool:
-        """Whether a run of so many seconds is to begin: if it will end in time, or if no call of as many minutes has
-        the time for it. That one goes on in the next call if out/ is still there."""
+    def pick(self, new: list[Plan], done: dict) -> Plan | None:
+        """The first plan that has a rate and will end in time, or for which no call of as many minutes has the time, or
+        else the first. What does not end in time goes on in the next call if out/ is still there."""
         left = self.deadline - time.monotonic()
-        return took < left or (left > 4 * START and took > self.whole - START)
+        took = {plan: seconds(plan, done) for plan in new if plan.learning_rate}
+        enough = left > 3 * START  # to get anywhere
+        first = next(iter(took), None) if enough else None
+        return next((p for p in took if took[p] < left or (enough and took[p] > self.whole - START)), first)
 
     def next(self, gpu: int | None) -> Plan | None:
-        """The first plan that is not done, was not begun, has a rate, and fits, once the GPU has room: it trains two
-        that are not timed, or one. None if there is no such plan, and nothing that runs can tell a missing rate."""
+        """What is to be run next, once the GPU has room: it trains two runs that are not timed, or one. None if there
+        is nothing, and no run that may tell the rate of another."""
         with self.turn:
             while True:
                 done = read(self.results, self.origin)
                 new = [p for p in plans(done) if p.key not in done and p not in self.begun]
-                plan = next((p for p in new if p.learning_rate and self.fits(seconds(p, done))), None)
+                plan = self.pick(new, done)
                 beside = self.on(gpu, "training")
                 if plan and (not beside or all(p.shares for p in [plan, *beside])):
                     self.enter(plan, gpu, "training")

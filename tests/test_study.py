@@ -120,15 +120,21 @@ def toy(corpus, tmp_path, monkeypatch):
 def test_a_run_is_recorded_and_goes_on(toy, tmp_path, monkeypatch):
     plan = study.Plan("hymba", "small", "rate", 64 * 32, 1e-3)
     monkeypatch.setattr(study, "plans", lambda done: [plan])
-    monkeypatch.setattr(study, "START", 0)
+    monkeypatch.setattr(study, "seconds", lambda plan, done: 1)
     toy(0).work(None)  # no time: nothing is begun
     assert not (tmp_path / "runs.jsonl").exists() and not (tmp_path / "out").exists()
+    monkeypatch.setattr(study, "START", 40)
+    took, other = {plan: 300}, study.Plan("transformer", "small", "rate", 64 * 32, 1e-3)
+    monkeypatch.setattr(study, "seconds", lambda plan, done: took[plan])
+    (driver := toy(600)).deadline -= 400
+    assert driver.pick([plan], {}) == plan  # it does not end in time, but goes on the next time
+    took[other] = 100
+    assert driver.pick([plan, other], {}) == other  # this one ends
+    driver.whole = 200
+    assert driver.pick([plan, other], {}) == plan  # the next time, it does not end either
+    driver.deadline -= 150
+    assert driver.pick([plan, other], {}) is driver.next(None) is None  # too little to get anywhere
     monkeypatch.setattr(study, "seconds", lambda plan, done: 300)
-    driver = toy(600)
-    driver.deadline -= 400  # it would not end in time
-    assert driver.next(None) is None
-    driver.whole = 200  # nor would it the next time, so it begins, and goes on then
-    assert driver.next(None) == plan
     toy(600).work(None)
     (row,) = study.read(tmp_path / "runs.jsonl").values()
     assert row["val_loss"] > 0 and row["commit"] == "abc" and row["device"] == "cpu" and len(row["words_data"]) == 12
