@@ -3,10 +3,9 @@
 import json
 import math
 import os
-import statistics
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent import futures
 
 import pytest
 import torch
@@ -139,9 +138,6 @@ def test_a_run_is_recorded_and_goes_on(toy, tmp_path, monkeypatch):
     (row,) = study.read(tmp_path / "runs.jsonl").values()
     assert row["val_loss"] > 0 and row["commit"] == "abc" and row["device"] == "cpu" and len(row["words_data"]) == 12
     assert row["flags"]["max_steps"] == 64 and row["curve"][-1][0] == 64
-    lines = (tmp_path / "out/study" / plan.name / "metrics.jsonl").read_text().splitlines()
-    speeds = [step["tokens_per_s"] for step in map(json.loads, lines) if "loss" in step]
-    assert row["tokens_per_s"] == statistics.median(speeds[3 * len(speeds) // 4 :]) != statistics.median(speeds)
     toy(600).work(None)  # done: not run again
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 1
     for stage in ("rate", "epoch"):  # on other data: only rates stand
@@ -197,7 +193,7 @@ def test_timed_runs_have_the_gpu_for_themselves(toy, tmp_path, monkeypatch, caps
     driver = toy(600)
     wait = driver.turn.wait
     monkeypatch.setattr(driver.turn, "wait", lambda *args: (waiting.set(), wait(*args)))
-    with ThreadPoolExecutor(2) as pool:
+    with futures.ThreadPoolExecutor(2) as pool:
         list(pool.map(driver.work, [0, 0]))
     assert driver.failed == [order[4].name] and "failed: hymba: out of memory" in capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
@@ -215,10 +211,9 @@ def test_waiting_for_a_rate(toy, monkeypatch):
     monkeypatch.setattr(study, "seconds", lambda plan, done: 1)
     driver = toy(600)
     assert driver.next(0) == trial
-    with ThreadPoolExecutor(1) as pool:
+    with futures.ThreadPoolExecutor(1) as pool:
         other = pool.submit(driver.next, 1)
-        with pytest.raises(TimeoutError):
-            other.result(0.3)
+        assert futures.wait([other], 0.3).not_done
         driver.end(trial, 0, made_up(trial, 2.0) | driver.origin)
         assert other.result(60) == epoch
     driver.end(epoch, 1, None)
@@ -228,21 +223,23 @@ def test_waiting_for_a_rate(toy, monkeypatch):
 
 @pytest.mark.parametrize("steps", [0, 8])
 def test_a_run_that_diverges(toy, tmp_path, steps):
-    """It has no loss, neither its own nor that of an earlier run of the same name on other data."""
+    """It has no loss, neither its own nor that of an earlier run of the same name on other data. Its speed is that of
+    the last quarter."""
     plan = study.Plan("hymba", "small", "epoch", 64 * 32, 1e-3)
     folder = tmp_path / "out/study" / plan.name
     (folder / "last").mkdir(parents=True)
     (folder / "last/config.json").write_text(json.dumps({"data": {"train": "other"}, "step": 64}))
     (folder / "metrics.jsonl").write_text('{"step": 64, "val_loss": 1.23}\n')
+    rows = [json.dumps({"step": i, "loss": 3.0, "tokens_per_s": float(i)}) + "\n" for i in range(1, steps + 1)]
     (tmp_path / "train.py").unlink()
-    row = json.dumps({"step": 1, "loss": 3.0, "tokens_per_s": 7.0})
     (tmp_path / "train.py").write_text(
-        f"import pathlib\npathlib.Path({str(folder)!r}).mkdir(parents=True)\n"
-        f"pathlib.Path({str(folder)!r}, 'metrics.jsonl').write_text({row!r} + '\\n' if {steps} else '')\n"
+        f"import pathlib\nfolder = pathlib.Path({str(folder)!r})\nfolder.mkdir(parents=True)\n"
+        f"(folder / 'metrics.jsonl').write_text({''.join(rows)!r})\n"
         "raise SystemExit('the loss is nan: try a lower learning_rate')\n"
     )
     row = study.train(plan, os.environ, time.monotonic() + 60)
-    assert row["val_loss"] is None and row["curve"] == ([(1, 3.0)] if steps else [])
+    assert row["val_loss"] is None and row["curve"] == [(i, 3.0) for i in range(1, steps + 1)]
+    assert row["tokens_per_s"] == (7.5 if steps else 0)
 
 
 def test_cut_off_runs_go_on(toy, tmp_path, monkeypatch):
