@@ -68,6 +68,11 @@ def needles(row: dict) -> dict[int, float]:
     return dict(zip(lengths, map(statistics.mean, zip(*choice, strict=True)), strict=True))
 
 
+def needle(row: dict) -> float:
+    """The same at the training length."""
+    return needles(row)[row["flags"]["block_size"]]
+
+
 def reach(row: dict) -> tuple[float, float]:
     """The loss at positions within the window and beyond it, up to the training length, in bins that lie on one side:
     1 to 213 and 268 to 1,024."""
@@ -92,8 +97,7 @@ def table(done: dict) -> str:
         cells = [system, f"`{first['flags']['pattern']}`", f"{len(rows)}", f"{mean_loss(rows):.3f}"]
         cells += [f"{half:.3f}" if half else "", f"{statistics.mean(r['val_bpb'] for r in rows):.3f}"]
         cells += [f"{first['learning_rate']:g}", *(f"{loss:.3f}" for loss in reach(first))]
-        cells.append(f"{mean_recall(recall):.2f}" if recall else "")
-        cells.append(f"{needles(first)[first['flags']['block_size']]:.2f}")
+        cells += [f"{mean_recall(recall):.2f}" if recall else "", f"{needle(first):.2f}"]
         cells += [f"{speed:,.0f}" if speed else "" for speed in speeds]
         lines.append([*cells, device(first), f"{cache_mb(first):.1f}"])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
@@ -185,8 +189,7 @@ def draw_positions(ax, done: dict) -> None:
 def draw_reach(ax, done: dict) -> None:
     """Beyond the window, systems that find needles are ahead of what their loss within it lets expect."""
     for system, runs in ranking(done).items():
-        point, found = reach(runs[0]), needles(runs[0])[runs[0]["flags"]["block_size"]]
-        ax.scatter(*point, c=found, vmin=0, vmax=1, cmap="viridis")
+        ax.scatter(*(point := reach(runs[0])), c=needle(runs[0]), vmin=0, vmax=1, cmap="viridis")
         ax.annotate(system, point, (5, 3), textcoords="offset points", fontsize="small")
     if ax.collections:
         ax.figure.colorbar(ax.collections[0], label="needle found in 1,024 tokens")

@@ -153,9 +153,10 @@ def test_timed_runs_have_the_gpu_for_themselves(toy, tmp_path, monkeypatch, caps
     stages = ["rate", "rate", "epoch", "recall", "recall", "epoch", "epoch"]
     order = [new(stage, float(rate)) for rate, stage in enumerate(stages, 1)]
     at_once, most, lock, together = [], {}, threading.Lock(), threading.Barrier(2)
-    begun, waiting = {rate: threading.Event() for rate in (4.0, 7.0)}, threading.Event()
+    begun, waiting = {rate: threading.Event() for rate in (4.0, 6.0, 7.0)}, threading.Event()
 
     def train(plan, env, deadline):
+        assert env["CUDA_VISIBLE_DEVICES"] == "3"  # the first of those that the caller may use
         with lock:
             at_once.append(plan)
             for p in at_once:
@@ -181,7 +182,7 @@ def test_timed_runs_have_the_gpu_for_themselves(toy, tmp_path, monkeypatch, caps
         return 1e4
 
     def measure(plan, env, texts):
-        if follows := {3.0: 4.0, 6.0: 7.0}.get(plan.learning_rate):
+        if follows := {3.0: 4.0, 4.0: 6.0, 6.0: 7.0}.get(plan.learning_rate):
             assert begun[follows].wait(20)  # it begins while this one is measured
             time.sleep(0.3)
         return {}
@@ -190,6 +191,7 @@ def test_timed_runs_have_the_gpu_for_themselves(toy, tmp_path, monkeypatch, caps
         monkeypatch.setattr(study, f.__name__, f)
     monkeypatch.setattr(study, "plans", lambda done: order)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu: "a GPU")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4")
     driver = toy(600)
     wait = driver.turn.wait
     monkeypatch.setattr(driver.turn, "wait", lambda *args: (waiting.set(), wait(*args)))
@@ -311,20 +313,8 @@ def test_tables_and_pictures(tmp_path, capsys):
     study.main(["--list", "--figures", f"--results={tmp_path}"])
     out = capsys.readouterr().out
     within = (99 * 3.0 + 150 * 2.0) / 249  # positions 1 to 249
-    cells = [
-        "hymba",
-        "`HhhhhHhhhhhH`",
-        "2",
-        "1.515",
-        "0.013",
-        "0.758",
-        "0.001",
-        f"{within:.3f}",
-        "1.000",
-        "0.50",
-        "0.50",
-    ]
-    assert " | ".join([*cells, "1,000,000", "10,000", "H100", "2"]) in out
+    row = f"| hymba | `HhhhhHhhhhhH` | 2 | 1.515 | 0.013 | 0.758 | 0.001 | {within:.3f} | 1.000 | 0.50 | 0.50 "
+    assert row + "| 1,000,000 | 10,000 | H100 | 2" in out
     assert "hours on one GPU" in out and all((tmp_path / f"{name}.png").stat().st_size for name in figures.PICTURES)
     wrong = {"nothing to do": [], "=nan: must": ["--minutes=nan"], "more than 0": ["--minutes=-1"]}
     (tmp_path / "a").mkdir()
