@@ -10,7 +10,7 @@ from pathlib import Path
 import cost
 import pictures
 from model import HymbaConfig
-from study import MAIN, RECALL_RATES, SYSTEMS, TRIAL, config_fields, mean_loss, ranking, trials
+from study import MAIN, RECALL_RATES, SYSTEMS, TRIAL, config_fields, epochs, mean_loss, ranking, trials
 
 # Hymba, Table 1: accuracy of general and of recall tasks, in percent, of models of about 300M parameters. The paper's
 # row of windows has neither meta tokens nor shared keys and values; hymba-windows has both.
@@ -42,24 +42,30 @@ def device(row: dict) -> str:
     return re.sub(r"NVIDIA | \d+GB.*", "", row.get("device", "?"))
 
 
-def timed(rows: dict[str, list[dict]]) -> dict[str, dict]:
-    """Of each system, the first seed, if it was timed on the device that most were timed on."""
-    first = {system: runs[0] for system, runs in rows.items()}
-    most = statistics.mode([device(row) for row in first.values()] or [""])
-    return {system: row for system, row in first.items() if device(row) == most}
+def timed(done: dict) -> dict[str, dict]:
+    """Of each system, an epoch that was timed on the device on which most systems were, at whichever rate."""
+    found = {}
+    for system in ranking(done):
+        for row in reversed(epochs(done, system)):  # the better one, if both were
+            found.setdefault(device(row), {})[system] = row
+    return max(found.values(), key=len, default={})
+
+
+def device_of(rows: dict[str, dict]) -> str:
+    return next(iter(map(device, rows.values())), "?")
 
 
 def half_intervals(done: dict) -> dict[str, float]:
-    """Of each system's mean loss, half the 95% confidence interval, as if seeds differed as much in all systems: the
-    variance is pooled. Empty while fewer than five systems have two seeds."""
-    rows = {system: [r["val_loss"] for r in runs] for system, runs in ranking(done).items()}
-    free = sum(len(losses) - 1 for losses in rows.values())  # degrees of freedom
-    if free < 5:
+    """Of each system's mean loss, half the 95% confidence interval, as if seeds differed as much in all systems and at
+    all rates: the variance is pooled. Empty while there are fewer than five pairs of seeds."""
+    epochs = {key: r["val_loss"] for key, r in done.items() if key[0] == "small" and key[2] == "epoch"}
+    pairs = [(epochs[*key, 1], loss) for (*key, seed), loss in epochs.items() if seed == 2]
+    squares = [(a - b) ** 2 / 2 for a, b in pairs if a and b]
+    if (free := len(squares)) < 5:  # degrees of freedom
         return {}
-    squares = sum((loss - statistics.mean(losses)) ** 2 for losses in rows.values() for loss in losses)
     z = statistics.NormalDist().inv_cdf(0.975)
     t = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)  # Student's, within 1%
-    return {system: t * math.sqrt(squares / free / len(losses)) for system, losses in rows.items()}
+    return {system: t * math.sqrt(sum(squares) / free / len(rows)) for system, rows in ranking(done).items()}
 
 
 def needles(row: dict) -> dict[int, float]:
@@ -86,20 +92,22 @@ def reach(row: dict) -> tuple[float, float]:
 
 def table(done: dict) -> str:
     """A line for each system with an epoch: the means of loss (and half its confidence interval), bits per byte and
-    recall over seeds, and what else is known of the first."""
-    heads = ["system", "pattern", "seeds", "loss", "+/-", "bits per byte", "rate", "within", "beyond", "recall"]
-    lines = [[*heads, "needle", "training, tokens/s", "decode, tokens/s", "on", "cache, MB"], ["---"] * 15]
-    halves = half_intervals(done)
+    recall over seeds, speeds on one device, the loss at the other rate, and what else is known of the first seed."""
+    halves, speeds = half_intervals(done), timed(done)
+    heads = ["system", "pattern", "seeds", "loss", "+/-", "bits per byte", "rate", "other rate", "within", "beyond"]
+    heads += ["recall", "needle", f"training, tokens/s ({device_of(speeds)})", "decoding, tokens/s", "cache, MB"]
+    lines = [heads, ["---"] * len(heads)]
     for system, rows in ranking(done).items():
-        first, recall = rows[0], best_recall(done, system)
-        speeds = [first["tokens_per_s"], first.get("decode_tokens_per_s")]
-        half = halves.get(system)
+        first, *others = epochs(done, system)
+        recall, half, speed = best_recall(done, system), halves.get(system), speeds.get(system, {})
         cells = [system, f"`{first['flags']['pattern']}`", f"{len(rows)}", f"{mean_loss(rows):.3f}"]
         cells += [f"{half:.3f}" if half else "", f"{statistics.mean(r['val_bpb'] for r in rows):.3f}"]
-        cells += [f"{first['learning_rate']:g}", *(f"{loss:.3f}" for loss in reach(first))]
-        cells += [f"{mean_recall(recall):.2f}" if recall else "", f"{needle(first):.2f}"]
-        cells += [f"{speed:,.0f}" if speed else "" for speed in speeds]
-        lines.append([*cells, device(first), f"{cache_mb(first):.1f}"])
+        cells += [f"{first['learning_rate']:g}"]
+        cells += [", ".join(f"{r['val_loss']:.3f} at {r['learning_rate']:g}" for r in others)]
+        cells += [*(f"{loss:.3f}" for loss in reach(first)), f"{mean_recall(recall):.2f}" if recall else ""]
+        cells += [f"{needle(first):.2f}"]
+        cells += [f"{v:,.0f}" if (v := speed.get(f"{name}tokens_per_s")) else "" for name in ("", "decode_")]
+        lines.append([*cells, f"{cache_mb(first):.1f}"])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
@@ -124,27 +132,28 @@ def draw_rates(ax, done: dict) -> None:
 
 def draw_curves(ax, done: dict, seconds: bool) -> None:
     """Training loss, a mean over neighbours, against operations or seconds of training."""
-    ranked = {system: runs for system, runs in ranking(done).items() if system in MAIN}
-    rows = timed(ranked) if seconds else {system: runs[0] for system, runs in ranked.items()}
+    speeds = timed(done)
+    rows = {system: runs[0] for system, runs in ranking(done).items() if system in MAIN}
     for system, row in rows.items():
         flags = row["flags"]
         tokens = flags["batch_size"] * flags["block_size"]
-        model = cost.meta_model(config_fields(flags))
-        unit = tokens / row["tokens_per_s"] if seconds else tokens * cost.flops_per_token(model)
+        if seconds and system not in speeds:
+            continue
+        flops = cost.flops_per_token(cost.meta_model(config_fields(flags)))
+        unit = tokens / speeds[system]["tokens_per_s"] if seconds else tokens * flops
         steps, losses = zip(*row["curve"], strict=True)
         smooth = [statistics.mean(losses[max(0, i - 4) : i + 5]) for i in range(len(losses))]
         ax.plot([step * unit for step in steps[5:]], smooth[5:], COLORS[system], lw=1, label=system)
     low = min((row["val_loss"] for row in rows.values()), default=1.0)
-    what = "seconds" if seconds else "floating-point operations"
-    ax.set_title(next(iter(map(device, rows.values())), "") if seconds else "", fontsize="small")
+    what = f"seconds on one {device_of(speeds)}" if seconds else "floating-point operations"
     ax.set(
         xscale="log", ylim=(low - 0.1, low + 1.5), xlabel=f"training, {what}", ylabel="training loss, nats per token"
     )
 
 
-def draw_against(ax, points: dict[str, tuple[float, float]], x: str, y: str, hollow: set[str] = frozenset()) -> None:
+def draw_against(ax, points: dict[str, tuple[float, float]], x: str, y: str) -> None:
     for system, point in points.items():
-        ax.plot(*point, "o", color=COLORS[system], fillstyle="none" if system in hollow else "full")
+        ax.plot(*point, "o", color=COLORS[system])
         ax.annotate(system, point, (5, 3), textcoords="offset points", fontsize="small")
     ax.margins(x=0.2)  # for the last name
     ax.set(xscale="log", xlabel=x, ylabel=y)
@@ -152,14 +161,11 @@ def draw_against(ax, points: dict[str, tuple[float, float]], x: str, y: str, hol
 
 def draw_throughput(ax, done: dict) -> None:
     """All systems but variants of Hymba, which lie close together."""
-    rows = {system: runs for system, runs in ranking(done).items() if system in MAIN or not system.startswith("hymba")}
-    speeds = {system: runs[0].get("decode_tokens_per_s") for system, runs in rows.items()}
-    points = {system: (speed, mean_loss(rows[system])) for system, speed in speeds.items() if speed}
-    hollow = points.keys() - timed(rows).keys()
-    x, y = "decoding 64 sequences of 8,192 tokens, tokens/s", "validation loss, nats per token"
-    draw_against(ax, points, x, y, hollow)
-    names = {(system in hollow, device(rows[system][0])) for system in points}
-    ax.set_title(", ".join(f"{'hollow' if h else 'full'}: {name}" for h, name in sorted(names)), fontsize="small")
+    rows, speeds = ranking(done), timed(done)
+    shown = [system for system in speeds if system in MAIN or not system.startswith("hymba")]
+    points = {s: (v, mean_loss(rows[s])) for s in shown if (v := speeds[s].get("decode_tokens_per_s"))}
+    x = f"decoding 64 sequences of 8,192 tokens on one {device_of(speeds)}, tokens/s"
+    draw_against(ax, points, x, "validation loss, nats per token")
 
 
 def draw_recall(ax, done: dict) -> None:
@@ -187,10 +193,16 @@ def draw_positions(ax, done: dict) -> None:
 
 
 def draw_reach(ax, done: dict) -> None:
-    """Beyond the window, systems that find needles are ahead of what their loss within it lets expect."""
-    for system, runs in ranking(done).items():
-        ax.scatter(*(point := reach(runs[0])), c=needle(runs[0]), vmin=0, vmax=1, cmap="viridis")
-        ax.annotate(system, point, (5, 3), textcoords="offset points", fontsize="small")
+    """Beyond the window, systems that find needles are ahead of what their loss within it lets expect. A line joins a
+    system's two rates, and the better one has the name."""
+    for i, system in enumerate(ranking(done)):
+        rows = epochs(done, system)
+        points = [reach(row) for row in rows]
+        ax.plot(*zip(*points, strict=True), "0.8", zorder=0)
+        colors = dict(c=[needle(row) for row in rows], vmin=0, vmax=1, cmap="viridis")
+        ax.scatter(*zip(*points, strict=True), s=[36, 12][: len(rows)], **colors)
+        side = {"ha": "left", "xytext": (6, -3)} if i % 2 else {"ha": "right", "xytext": (-6, -3)}  # neighbours apart
+        ax.annotate(system, points[0], textcoords="offset points", fontsize="x-small", **side)
     if ax.collections:
         ax.figure.colorbar(ax.collections[0], label="needle found in 1,024 tokens")
     ax.margins(x=0.2)  # for the last name

@@ -232,14 +232,18 @@ def plans(done: dict) -> Iterator[Plan]:
         yield Plan(system, "small", "epoch", EPOCH, best[system], seed=2)
 
 
+def epochs(done: dict, system: str) -> list[dict]:
+    """First seeds of a system's epochs at the small scale that did not diverge, the one that ended lower first."""
+    found = [done.get(("small", system, "epoch", rate, 1)) for rate in epoch_rates(done, system)]
+    return sorted((r for r in found if r and r["val_loss"]), key=lambda r: r["val_loss"])
+
+
 def ranking(done: dict) -> dict[str, list[dict]]:
-    """Epochs of each system that has one at the small scale, a row for each seed, at the rate at which the first seed
-    ended lower; the lowest mean loss first."""
+    """Epochs of each system that has one, a row for each seed, at the rate at which the first seed ended lower; the
+    lowest mean loss first."""
     rows = {}
     for system in SYSTEMS:
-        found = [done.get(("small", system, "epoch", rate, 1)) for rate in epoch_rates(done, system)]
-        if found := [r for r in found if r and r["val_loss"]]:
-            first = min(found, key=lambda r: r["val_loss"])
+        for first in epochs(done, system)[:1]:
             second = done.get(("small", system, "epoch", first["learning_rate"], 2))
             rows[system] = [first, second] if second and second["val_loss"] else [first]
     return dict(sorted(rows.items(), key=lambda pair: mean_loss(pair[1])))
