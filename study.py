@@ -175,8 +175,9 @@ class Plan:
 
 
 def shares(stage: str, seed: int) -> bool:
-    """Whether another run may use the GPU at the same time: the speed of this one is not asked for."""
-    return stage in ("rate", "recall") or seed > 1
+    """Whether another run may use the GPU at the same time: the speed of this one is not asked for, or is known from
+    the epoch of the same system."""
+    return stage in ("rate", "recall", "long") or seed > 1
 
 
 def trials(done: dict, system: str) -> tuple[list[float], list[float]]:

@@ -80,7 +80,8 @@ def test_how_long_a_run_takes():
     assert study.seconds(epoch, known) == start + 1000 + measuring
     assert study.seconds(second, known) == start + 1000
     known |= speeds((epoch, 1600))
-    assert study.seconds(new("long", 1e6), known) == start + 625 + 2 * measuring
+    assert study.seconds(new("flops", 1e6), known) == start + 625 + measuring
+    assert study.seconds(new("long", 1e6), known) == start + 625 / beside + 2 * measuring
     assert study.seconds(rate, known) == start + 625 / beside
     recall = study.Plan("hymba", "recall", "recall", 1e6, 1e-3, seed=2)
     assert study.seconds(recall, known) == start + 1e6 / study.FASTEST / beside + measuring
