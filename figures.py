@@ -58,8 +58,8 @@ def device_of(rows: dict[str, dict]) -> str:
 def half_intervals(done: dict) -> dict[str, float]:
     """Of each system's mean loss, half the 95% confidence interval, as if seeds differed as much in all systems and at
     all rates: the variance is pooled. Empty while there are fewer than five pairs of seeds."""
-    epochs = {key: r["val_loss"] for key, r in done.items() if key[0] == "small" and key[2] == "epoch"}
-    pairs = [(epochs[*key, 1], loss) for (*key, seed), loss in epochs.items() if seed == 2]
+    losses = {key: r["val_loss"] for key, r in done.items() if key[0] == "small" and key[2] == "epoch"}
+    pairs = [(losses.get((*key, 1)), loss) for (*key, seed), loss in losses.items() if seed == 2]
     squares = [(a - b) ** 2 / 2 for a, b in pairs if a and b]
     if (free := len(squares)) < 5:  # degrees of freedom
         return {}
