@@ -149,9 +149,11 @@ def locked(file: Path, message: str) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # Windows removes no open file
-            file.unlink()
-        lock.release()
+        try:
+            with suppress(OSError):  # Windows removes no open file
+                file.unlink()
+        finally:
+            lock.release()
 
 
 @contextmanager

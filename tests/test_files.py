@@ -2,6 +2,8 @@
 
 import os
 import stat
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -82,6 +84,17 @@ def test_a_lock_is_held_once(tmp_path):
     (tmp_path / "lock").touch()  # of a process that was killed
     with files.locked(tmp_path / "lock", "busy"):
         pass
+
+
+def test_a_lock_ends_with_its_block(tmp_path, monkeypatch):
+    """Also where Ctrl-C comes while its file is removed, and the traceback is kept."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as kept:
+        patch.setattr(Path, "unlink", Mock(side_effect=KeyboardInterrupt))
+        with files.locked(tmp_path / "lock", "busy"):
+            pass
+    with files.locked(tmp_path / "lock", "busy"):
+        pass
+    assert kept.tb
 
 
 def test_a_folder_is_replaced_whole(tmp_path):
