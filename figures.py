@@ -132,13 +132,11 @@ def draw_rates(ax, done: dict) -> None:
 
 def draw_curves(ax, done: dict, seconds: bool) -> None:
     """Training loss, a mean over neighbours, against operations or seconds of training."""
-    speeds = timed(done)
-    rows = {system: runs[0] for system, runs in ranking(done).items() if system in MAIN}
+    speeds, ranked = timed(done), ranking(done)
+    rows = {s: runs[0] for s, runs in ranked.items() if s in MAIN and (s in speeds or not seconds)}
     for system, row in rows.items():
         flags = row["flags"]
         tokens = flags["batch_size"] * flags["block_size"]
-        if seconds and system not in speeds:
-            continue
         flops = cost.flops_per_token(cost.meta_model(config_fields(flags)))
         unit = tokens / speeds[system]["tokens_per_s"] if seconds else tokens * flops
         steps, losses = zip(*row["curve"], strict=True)
