@@ -8,10 +8,10 @@ many parameters.
 
 Each run is a train.py of its own, and adds a line to results/runs.jsonl: what was trained, with which flags, code, data
 and device, and what came out. A GPU with enough memory trains two at a time, but one alone where the speed is asked
-for. The next begins while that one is measured, so speed is taken over the last quarter of the steps. A run that was
-cut off goes on from its checkpoint in out/study/, or starts anew where there is none. Learning rates are tried first,
-for each system by itself. The two best have an epoch each, and the better one counts; variants take the two of the
-system they vary.
+for. The next begins while that one is measured, so speed is taken over the last quarter of the steps. When the time is
+over, what runs is stopped: it goes on from its checkpoint in out/study/, or starts anew where there is none. Learning
+rates are tried first, for each system by itself. The two best have an epoch each, and the better one counts; variants
+take the two of the system they vary.
 
 Data: python prepare.py python --site-packages --tokenizer=bpe:16384 --name=study
       python recall.py
@@ -104,9 +104,9 @@ SCALES = {
 }
 EPOCH, TRIAL, RECALL = 97e6, 25e6, 262e6  # tokens of the corpus, of a trial of a learning rate, and of a run of recall
 RATES, RECALL_RATES = (2e-3, 4e-3, 8e-3), (3e-3, 6e-3)
-START, MEASURING = 40, 50  # seconds before the first step; of decode_speed and measure
-SPEED = 700_000  # tokens/s of runs that are like none before, at the small scale
-FASTEST = 3_000_000  # of such runs, at any scale: the host has to keep up
+START, MEASURING, SAVING = 40, 50, 15  # seconds before the first step; of decode_speed and measure; of a checkpoint
+SPEED = 700_000  # tokens/s at the small scale of a system that has not run yet
+FASTEST = 3_000_000  # of one that has not run at the scale, whichever it is: the host has to keep up
 BESIDE = 0.6  # of its speed, what a run keeps beside another on the same GPU
 
 
@@ -263,12 +263,20 @@ def measuring(plan: Plan) -> float:
 
 def seconds(plan: Plan, done: dict) -> float:
     """How long a run will take: as long as the slowest of the same system and scale, if there is one. Those that had a
-    GPU to themselves say it best; what others had beside them is not known."""
-    rows = [(key, row["tokens_per_s"]) for key, row in done.items() if key[:2] == (plan.scale, plan.system)]
-    alone = [speed for (_, _, stage, _, seed), speed in rows if speed and not shares(stage, seed)]
-    others = [speed for (_, _, stage, _, seed), speed in rows if speed and shares(stage, seed)]
-    guess = min(SPEED * SCALES["small"].parameters / SCALES[plan.scale].parameters, FASTEST)
-    speed = min(others) if others and not alone else min(alone or [guess]) * (BESIDE if plan.shares else 1)
+    GPU to themselves say it best; what others had beside them is not known. From one scale to another, speed goes with
+    one over the parameters."""
+
+    def speeds(here: bool, shared: bool) -> list[float]:
+        rows = [
+            (key, row["tokens_per_s"]) for key, row in done.items() if key[1] == plan.system and row["tokens_per_s"]
+        ]
+        rows = [(key, speed) for key, speed in rows if (key[0] == plan.scale) == here and shares(*key[2::2]) == shared]
+        return [speed * SCALES[key[0]].parameters / SCALES[plan.scale].parameters for key, speed in rows]
+
+    guess = SPEED * SCALES["small"].parameters / SCALES[plan.scale].parameters
+    alone, others = speeds(True, False), speeds(True, True)
+    elsewhere = min(*(speeds(False, False) or [guess]), FASTEST)
+    speed = min(others) if others and not alone else min(alone or [elsewhere]) * (BESIDE if plan.shares else 1)
     return START + plan.tokens / speed + measuring(plan)
 
 
@@ -295,7 +303,7 @@ def read(results: Path, data: dict | None = None) -> dict:
 def train(plan: Plan, env: dict, deadline: float) -> dict | None:
     """Train a plan's model; None if the time ran out first. Of a run that diverged, val_loss is None. Raises
     RuntimeError with what train.py printed if it fails otherwise."""
-    folder, begin, diverged = ROOT / "out" / "study" / plan.name, time.monotonic(), False
+    folder, diverged = ROOT / "out" / "study" / plan.name, False
     options = [f"--{name}={value}" for name, value in plan.flags().items()]
     saved = json.loads(config.read_text()) if (config := folder / "last/config.json").exists() else {}
     meta = json.loads((ROOT / "data" / plan.flags()["dataset"] / "meta.json").read_text())
@@ -307,7 +315,7 @@ def train(plan: Plan, env: dict, deadline: float) -> dict | None:
     if saved.get("step") != plan.flags()["max_steps"]:  # else it is trained, and what followed was cut off
         output = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         process = subprocess.Popen(command, cwd=ROOT, env=env, **output)
-        timer = threading.Timer(deadline - begin, process.send_signal, [signal.SIGTERM])
+        timer = threading.Timer(deadline - time.monotonic(), process.send_signal, [signal.SIGTERM])
         timer.start()
         said = process.communicate()[0]
         timer.cancel()
@@ -322,28 +330,32 @@ def train(plan: Plan, env: dict, deadline: float) -> dict | None:
         return None
     speed = statistics.median([r["tokens_per_s"] for r in steps[3 * len(steps) // 4 :]] or [0])
     curve = [(r["step"], round(r["loss"], 4)) for r in steps[:: max(1, len(steps) // 200)]]
-    return {"val_loss": last.get("val_loss"), "val_bpb": last.get("val_bpb"), "tokens_per_s": speed,
-            "seconds": round(time.monotonic() - begin), "curve": curve}  # fmt: skip
+    return {"val_loss": last.get("val_loss"), "val_bpb": last.get("val_bpb"), "tokens_per_s": speed, "curve": curve}
 
 
-def decode_speed(plan: Plan, env: dict) -> float:
+def ask(command: list[str], env: dict, deadline: float) -> str:
+    """What a script prints. Raises subprocess.TimeoutExpired at the deadline, and CalledProcessError if it fails."""
+    left = deadline - time.monotonic()
+    options = dict(cwd=ROOT, env=env, check=True, stdout=subprocess.PIPE, text=True, timeout=left)
+    return subprocess.run([sys.executable, *command], **options).stdout
+
+
+def decode_speed(plan: Plan, env: dict, deadline: float) -> float:
     """Tokens/s in 64 sequences, after 8,192 tokens of each."""
     fields = config_fields(plan.flags()) | {"block_size": 8192}
     spec = {"batch": 64, "contexts": [8192], "config": fields, "prefill": False}
-    command = [sys.executable, "bench.py", "decode", f"--worker={json.dumps(spec)}"]
-    said = subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True, text=True).stdout
+    said = ask(["bench.py", "decode", f"--worker={json.dumps(spec)}"], env, deadline)
     return json.loads(said.splitlines()[-1])[0]["tokens_per_s"]
 
 
-def measure(plan: Plan, env: dict, texts: list[Path]) -> dict:
+def measure(plan: Plan, env: dict, deadline: float, texts: list[Path]) -> dict:
     """What else is known of a trained model: of recall, accuracies, and what removing heads costs; of text, losses by
     position and the needle, and after the longest training heads and attention, too."""
     folder = ROOT / "out" / "study" / plan.name
 
     def evaluate(task: str, *options: str) -> dict:
         out = folder / f"{task}.json"
-        command = [sys.executable, "evaluate.py", task, f"--init_from={folder}", f"--out={out}", *options]
-        subprocess.run(command, cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL)
+        ask(["evaluate.py", task, f"--init_from={folder}", f"--out={out}", *options], env, deadline)
         return next(iter(json.loads(out.read_text())["models"].values()))
 
     if plan.stage == "recall":
@@ -433,18 +445,20 @@ class Driver:
             row = None
             try:
                 print(f"{time.strftime('%H:%M:%S')} {plan.name} on {device}", flush=True)
-                if (outcome := train(plan, env, self.deadline - measuring(plan))) is None:
+                if (outcome := train(plan, env, self.deadline - SAVING)) is None:
                     return
                 if outcome["val_loss"] is not None:
                     if not plan.shares and gpu is not None:
                         self.alone(gpu)
-                        outcome["decode_tokens_per_s"] = decode_speed(plan, env)
+                        outcome["decode_tokens_per_s"] = decode_speed(plan, env, self.deadline)
                     self.enter(plan, gpu, "measuring")
-                    outcome |= measure(plan, env, self.texts)
+                    outcome |= measure(plan, env, self.deadline, self.texts)
                 row = {"scale": plan.scale, "system": plan.system, "stage": plan.stage, "tokens": plan.tokens}
                 row |= {"learning_rate": plan.learning_rate, "seed": plan.seed, "flags": plan.flags()}
                 row |= outcome | self.origin | {"device": device}
                 print(f"{time.strftime('%H:%M:%S')} {plan.name}: loss {outcome['val_loss']}", flush=True)
+            except subprocess.TimeoutExpired:  # measured the next time
+                return
             except (RuntimeError, subprocess.CalledProcessError) as e:  # the next one may not
                 print(f"{time.strftime('%H:%M:%S')} {plan.name} failed: {e}", flush=True)
                 self.failed.append(plan.name)

@@ -70,7 +70,8 @@ def test_the_study_ends_and_repeats_nothing():
 
 
 def test_how_long_a_run_takes():
-    """At the speed of runs that had a GPU to themselves, or else of the slowest; then comes what is to be measured."""
+    """At the speed of runs that had a GPU to themselves, or else of the slowest, or else of another scale; then comes what
+    is to be measured."""
     new = lambda *args, **options: study.Plan("hymba", "small", *args, 1e-3, **options)  # noqa: E731
     speeds = lambda *plans: {plan.key: {"tokens_per_s": speed} for plan, speed in plans}  # noqa: E731
     rate, epoch, second = new("rate", 1e6), new("epoch", 1e6), new("epoch", 1e6, seed=2)
@@ -83,8 +84,12 @@ def test_how_long_a_run_takes():
     assert study.seconds(new("flops", 1e6), known) == start + 625 + measuring
     assert study.seconds(new("long", 1e6), known) == start + 625 / beside + 2 * measuring
     assert study.seconds(rate, known) == start + 625 / beside
+    large = study.Plan("hymba", "large", "epoch", 1e6, 1e-3)
+    assert study.seconds(large, {}) == start + 4e6 / study.SPEED + measuring
+    assert study.seconds(large, known) == start + 4 * 625 + measuring
+    assert study.seconds(large, known | speeds((large, 500))) == start + 2000 + measuring
     recall = study.Plan("hymba", "recall", "recall", 1e6, 1e-3, seed=2)
-    assert study.seconds(recall, known) == start + 1e6 / study.FASTEST / beside + measuring
+    assert study.seconds(recall, {}) == start + 1e6 / study.FASTEST / beside + measuring
 
 
 @pytest.mark.parametrize("scale", study.SCALES)
@@ -175,14 +180,14 @@ def test_timed_runs_have_the_gpu_for_themselves(toy, tmp_path, monkeypatch, caps
             raise RuntimeError("hymba: out of memory")
         return {"val_loss": 1.0, "tokens_per_s": 1e6}
 
-    def decode_speed(plan, env):
+    def decode_speed(plan, env, deadline):
         assert not driver.on(0, "measuring")
         time.sleep(0.3)  # another would begin beside it
         with lock:
             at_once.remove(plan)
         return 1e4
 
-    def measure(plan, env, texts):
+    def measure(plan, env, deadline, texts):
         if follows := {3.0: 4.0, 4.0: 6.0, 6.0: 7.0}.get(plan.learning_rate):
             assert begun[follows].wait(20)  # it begins while this one is measured
             time.sleep(0.3)
@@ -264,10 +269,26 @@ def test_cut_off_runs_go_on(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(study.Plan, "flags", shorter(study.Plan.flags, folder))
     row = study.train(plan, os.environ, time.monotonic() + 600)
     assert row["val_loss"] > 0 and row["curve"][0][0] == 1
-    assert study.train(plan, os.environ, 0) | {"seconds": 0} == row | {"seconds": 0}  # trained: nothing is run
+    assert study.train(plan, os.environ, 0) == row  # trained: nothing is run
     config = json.loads((folder / "last/config.json").read_text())
     (folder / "last/config.json").write_text(json.dumps(config | {"data": {"train": "other"}}))
     assert study.train(plan, os.environ, 0) is None  # on other data: begun anew, and stopped
+
+
+def test_measuring_ends_in_time(toy, tmp_path, monkeypatch):
+    """What is not measured by the deadline is not recorded, and no failure: the next call measures it."""
+    plan = study.Plan("hymba", "small", "epoch", 64 * 32, 1e-3)
+    (tmp_path / "evaluate.py").write_text("import time\ntime.sleep(600)\n")
+    monkeypatch.setattr(study, "plans", lambda done: [plan])
+    driver = toy(600)
+
+    def train(*args):
+        driver.deadline = time.monotonic() + 1  # training took all the time but for a second
+        return {"val_loss": 1.0}
+
+    monkeypatch.setattr(study, "train", train)
+    driver.work(None)
+    assert not driver.failed and not driver.on(None, "measuring") and not (tmp_path / "runs.jsonl").exists()
 
 
 def test_what_is_measured(toy, tmp_path, monkeypatch):
@@ -278,9 +299,9 @@ def test_what_is_measured(toy, tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text("a few words of text " * 40)
     new = lambda *args, **options: study.Plan("hymba", *args, 8 * 32, 1e-3, **options)  # noqa: E731
     for plan in (new("small", "rate"), new("small", "epoch", seed=2)):
-        assert study.measure(plan, os.environ, []) == {}
+        assert study.measure(plan, os.environ, 0, []) == {}
     study.train(plan := new("small", "long"), os.environ, time.monotonic() + 600)
-    found = study.measure(plan, os.environ, [tmp_path / "text.txt"])
+    found = study.measure(plan, os.environ, time.monotonic() + 600, [tmp_path / "text.txt"])
     assert set(found) == {"position", "needle", "heads", "attention", "texts"} and "text.txt" in found["texts"]
     assert len(found["heads"]["ssm"]) == len(found["attention"]) == 3
     words = (tmp_path / "data").resolve()
@@ -291,7 +312,7 @@ def test_what_is_measured(toy, tmp_path, monkeypatch):
     few = study.SCALES["recall"].flags | {"dataset": "recall", "vocab_size": 32}
     monkeypatch.setitem(study.SCALES, "recall", study.Scale(30_000, few))
     study.train(plan := new("recall", "recall", seed=2), os.environ, time.monotonic() + 600)
-    found = study.measure(plan, os.environ, [])
+    found = study.measure(plan, os.environ, time.monotonic() + 600, [])
     assert set(found) == {"accuracy", "pairs", "cache_bytes", "heads"} and list(found["pairs"]) == ["2", "4"]
     assert len(found["heads"]["attn"]) == 3 and found["heads"]["whole"] == pytest.approx(found["accuracy"], abs=0.1)
 
