@@ -19,6 +19,7 @@ PAPER = {
     "hymba-no-meta": (45.16, 48.04), "hymba": (45.53, 51.79),
 }  # fmt: skip
 
+LATER = {("small", "flops"): "same operations", ("small", "long"): "four epochs", ("large", "epoch"): "large"}
 COLORS = {system: f"C{i % 10}" for i, system in enumerate(SYSTEMS)}  # the same in all pictures
 
 
@@ -68,6 +69,21 @@ def half_intervals(done: dict) -> dict[str, float]:
     return {system: t * math.sqrt(sum(squares) / free / len(rows)) for system, rows in ranking(done).items()}
 
 
+def later(done: dict) -> dict[str, dict[str, dict]]:
+    """What came after the small epochs, by what is different and by system, the lowest loss first: as many operations
+    as Hymba, four epochs, the large scale."""
+    found = {name: {} for name in LATER.values()}
+    for (scale, system, stage, *_), row in done.items():
+        if (scale, stage) in LATER and row["val_loss"]:
+            found[LATER[scale, stage]][system] = row
+    return {name: dict(sorted(rows.items(), key=lambda pair: pair[1]["val_loss"])) for name, rows in found.items()}
+
+
+def operations(row: dict) -> float:
+    """Floating-point operations of training for a token."""
+    return cost.flops_per_token(cost.meta_model(config_fields(row["flags"])))
+
+
 def needles(row: dict) -> dict[int, float]:
     """By length, the share of codes that are told from nine others, a mean over depths."""
     lengths, choice = row["needle"]["lengths"], row["needle"]["choice"]  # choice by depth, then length
@@ -90,13 +106,19 @@ def reach(row: dict) -> tuple[float, float]:
     return tuple(sum(loss * n for loss, n in part) / sum(n for _, n in part) for part in (within, beyond))
 
 
+def markdown(lines: list[list[str]]) -> str:
+    """A table whose first line is the head."""
+    lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
 def table(done: dict) -> str:
     """A line for each system with an epoch: the means of loss (and half its confidence interval), bits per byte and
     recall over seeds, speeds on one device, the loss at the other rate, and what else is known of the first seed."""
     halves, speeds = half_intervals(done), timed(done)
     heads = ["system", "pattern", "seeds", "loss", "+/-", "bits per byte", "rate", "other rate", "within", "beyond"]
     heads += ["recall", "needle", f"training, tokens/s ({device_of(speeds)})", "decoding, tokens/s", "cache, MB"]
-    lines = [heads, ["---"] * len(heads)]
+    lines = [heads]
     for system, rows in ranking(done).items():
         first, *others = epochs(done, system)
         recall, half, speed = best_recall(done, system), halves.get(system), speeds.get(system, {})
@@ -108,7 +130,29 @@ def table(done: dict) -> str:
         cells += [f"{needle(first):.2f}"]
         cells += [f"{v:,.0f}" if (v := speed.get(f"{name}tokens_per_s")) else "" for name in ("", "decode_")]
         lines.append([*cells, f"{cache_mb(first):.1f}"])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown(lines)
+
+
+def later_table(done: dict) -> str:
+    """A line for each run that came after the small epochs, beside the mean of those. Speeds of those that had a GPU to
+    themselves."""
+    lines = [
+        ["what", "system", "rate", "loss", "small epoch", "bits per byte", "within", "beyond", "needle", "M active"]
+    ]
+    lines[0] += ["GFLOPs a token", "device", "training, tokens/s", "decoding, tokens/s"]
+    ranked = ranking(done)
+    for name, rows in later(done).items():
+        for system, row in rows.items():
+            before = f"{mean_loss(ranked[system]):.3f}" if system in ranked else ""
+            cells = [name, system, f"{row['learning_rate']:g}", f"{row['val_loss']:.3f}", before]
+            cells += [f"{value:.3f}" for value in (row["val_bpb"], *reach(row))] + [f"{needle(row):.2f}"]
+            model = cost.meta_model(config_fields(row["flags"]))
+            cells += [f"{(cost.active_params(model) - model.embed.weight.numel()) / 1e6:.2f}"]
+            cells += [f"{operations(row) / 1e9:.3f}", device(row)]
+            alone = "decode_tokens_per_s" in row
+            speeds = [row[f"{key}tokens_per_s"] for key in ("", "decode_")] if alone else []
+            lines.append([*cells, *(f"{speed:,.0f}" for speed in speeds), *([""] * (2 - len(speeds)))])
+    return markdown(lines)
 
 
 def draw_losses(ax, done: dict) -> None:
@@ -135,10 +179,8 @@ def draw_curves(ax, done: dict, seconds: bool) -> None:
     speeds, ranked = timed(done), ranking(done)
     rows = {s: runs[0] for s, runs in ranked.items() if s in MAIN and (s in speeds or not seconds)}
     for system, row in rows.items():
-        flags = row["flags"]
-        tokens = flags["batch_size"] * flags["block_size"]
-        flops = cost.flops_per_token(cost.meta_model(config_fields(flags)))
-        unit = tokens / speeds[system]["tokens_per_s"] if seconds else tokens * flops
+        tokens = row["flags"]["batch_size"] * row["flags"]["block_size"]
+        unit = tokens / speeds[system]["tokens_per_s"] if seconds else tokens * operations(row)
         steps, losses = zip(*row["curve"], strict=True)
         smooth = [statistics.mean(losses[max(0, i - 4) : i + 5]) for i in range(len(losses))]
         ax.plot([step * unit for step in steps[5:]], smooth[5:], COLORS[system], lw=1, label=system)
@@ -230,17 +272,44 @@ def draw_ladder(ax, done: dict) -> None:
     right.legend(loc="lower right", fontsize="small")
 
 
+def draw_later(ax, done: dict) -> None:
+    """From an epoch at the small scale to four (solid), to as many operations as Hymba, and to the large scale."""
+    found, ranked = later(done), ranking(done)
+    point = lambda row, loss: (row["tokens"] * operations(row), loss)  # noqa: E731
+    for (name, rows), style in zip(found.items(), ("x:", "o-", "s--"), strict=True):
+        for i, (system, row) in enumerate(rows.items()):
+            if system in ranked:
+                points = point(ranked[system][0], mean_loss(ranked[system])), point(row, row["val_loss"])
+                ax.plot(*zip(*points, strict=True), style, color=COLORS[system], ms=5, lw=1)
+                side = {"ha": "left", "xytext": (5, 0)} if i % 2 else {"ha": "right", "xytext": (-5, 0)}
+                side["va"] = "bottom" if i % 4 > 1 else "top"  # neighbours apart
+                ax.annotate(f"{system}, {name}", points[1], textcoords="offset points", fontsize="x-small", **side)
+    ax.margins(x=0.25)  # for the names
+    ax.set(xscale="log", xlabel="floating-point operations of training", ylabel="validation loss, nats per token")
+
+
+def draw_heads(ax, done: dict, kind: str) -> None:
+    """After four epochs, what removing the heads of one kind from one block costs."""
+    for system, row in later(done)["four epochs"].items():
+        changes = [math.nan if change is None else change for change in row["heads"][kind]]
+        if not all(map(math.isnan, changes)):
+            ax.plot(range(1, len(changes) + 1), changes, "o-", color=COLORS[system], label=system)
+    what = {"attn": "attention", "ssm": "SSM heads"}[kind]
+    ax.set(yscale="log", xlabel="block", ylabel=f"change of the loss without its {what}, nats per token")
+
+
 PICTURES = {
     "losses": draw_losses, "rates": draw_rates, "ladder": draw_ladder, "throughput": draw_throughput,
     "flops": lambda ax, done: draw_curves(ax, done, False), "time": lambda ax, done: draw_curves(ax, done, True),
     "recall": draw_recall, "pairs": draw_pairs, "positions": draw_positions, "reach": draw_reach,
-    "needle": draw_needle,
+    "needle": draw_needle, "later": draw_later, "heads_attn": lambda ax, done: draw_heads(ax, done, "attn"),
+    "heads_ssm": lambda ax, done: draw_heads(ax, done, "ssm"),
 }  # fmt: skip
 
 
 def main(done: dict, folder: Path) -> None:
-    """Print the table, and draw every picture into folder."""
-    print(table(done))
+    """Print the tables, and draw every picture into folder."""
+    print(table(done), later_table(done), sep="\n\n")
     plt = pictures.pyplot("--figures", needed=True)
     for name, draw in PICTURES.items():
         fig, ax = plt.subplots(figsize=(7.5, max(4.5, 0.25 * len(SYSTEMS))))
@@ -250,4 +319,9 @@ def main(done: dict, folder: Path) -> None:
         ax.grid(alpha=0.3)
         fig.tight_layout()
         pictures.save(plt, folder / f"{name}.png")
+    long = later(done)["four epochs"].items()
+    if models := {s: {"pattern": r["flags"]["pattern"], "texts": {"": {"blocks": r["attention"]}}} for s, r in long}:
+        pictures.draw_attention(plt, models)
+        plt.tight_layout()
+        pictures.save(plt, folder / "attention.png")
     print(f"wrote {', '.join(f'{name}.png' for name in PICTURES)} in {folder}")

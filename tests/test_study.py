@@ -16,6 +16,8 @@ import figures
 import recall
 import study
 
+KINDS = ("attn", "M"), ("ssm", "Tt")  # and the letters of blocks without them
+
 
 def made_up(plan: study.Plan, loss: float) -> dict:
     row = {"scale": plan.scale, "system": plan.system, "stage": plan.stage, "tokens": plan.tokens, "seed": plan.seed}
@@ -24,9 +26,18 @@ def made_up(plan: study.Plan, loss: float) -> dict:
     row |= {"tokens_per_s": 1e6, "curve": [(i, loss + 1 / i) for i in range(1, 200)]}
     if plan.stage == "recall":
         return row | {"accuracy": 0.5, "pairs": {"4": {"accuracy": 0.9}, "8": {"accuracy": 0.1}}, "cache_bytes": 1000}
-    position = {"study": {"edges": [1, 100, 250, 300, 1025, 8193], "by_position": [3.0, 2.0, 9.0, 1.0, 9.0]}}
-    needle = {"lengths": [256, 1024], "choice": [[0.5, 0.25], [0.5, 0.75]]}
-    return row | {"decode_tokens_per_s": 1e4, "position": position, "needle": needle}
+    long = row["flags"]["block_size"]
+    edges = [1, 100, 250 * long // 1024, 300 * long // 1024, long + 1, 8 * long + 1]
+    position = {"study": {"edges": edges, "by_position": [3.0, 2.0, 9.0, 1.0, 9.0]}}
+    needle = {"lengths": [long // 4, long], "choice": [[0.5, 0.25], [0.5, 0.75]]}
+    row |= {"position": position, "needle": needle}
+    if plan.stage != "long":
+        return row | {"decode_tokens_per_s": 1e4}
+    letters = plan.flags()["pattern"]
+    row["heads"] = {kind: [None if letter in no else 0.5 for letter in letters] for kind, no in KINDS}
+    shares = dict.fromkeys(("meta", "first", "self", "others"), 0.25)
+    names = ("attn", "ssm", "attn_branch_norm", "ssm_branch_norm")
+    return row | {"attention": [{"share": shares, "meta": [], "memory": None} | dict.fromkeys(names, 1.0)] * 12}
 
 
 def test_the_study_ends_and_repeats_nothing():
@@ -70,8 +81,8 @@ def test_the_study_ends_and_repeats_nothing():
 
 
 def test_how_long_a_run_takes():
-    """At the speed of runs that had a GPU to themselves, or else of the slowest, or else of another scale; then comes what
-    is to be measured."""
+    """At the speed of runs that had a GPU to themselves, or else of the slowest, or else of another scale. Then comes
+    what is to be measured."""
     new = lambda *args, **options: study.Plan("hymba", "small", *args, 1e-3, **options)  # noqa: E731
     speeds = lambda *plans: {plan.key: {"tokens_per_s": speed} for plan, speed in plans}  # noqa: E731
     rate, epoch, second = new("rate", 1e6), new("epoch", 1e6), new("epoch", 1e6, seed=2)
@@ -329,6 +340,8 @@ def test_tables_and_pictures(tmp_path, capsys):
     done = {}
     for plan in (p for system in study.MAIN[:5] for p in plans_of(system)):
         done[plan.key] = made_up(plan, 1.5 + abs(plan.learning_rate - 1e-3) + plan.seed / 100)
+    plan = study.Plan("hymba", "small", "long", 4 * study.EPOCH, 1e-3)
+    done[plan.key] = made_up(plan, 1.4)
     other = [row | {"seed": 3, "study_data": "other"} for row in done.values() if row["stage"] == "epoch"]
     results.write_text("".join(json.dumps(row) + "\n" for row in [*other, *done.values()]))
     assert list(study.read(results)) == list(done)  # on the data of the last line
@@ -337,7 +350,8 @@ def test_tables_and_pictures(tmp_path, capsys):
     within = (99 * 3.0 + 150 * 2.0) / 249  # positions 1 to 249
     row = f"| hymba | `HhhhhHhhhhhH` | 2 | 1.515 | 0.013 | 0.758 | 0.001 |  | {within:.3f} | 1.000 | 0.50 | 0.50 "
     assert row + "| 1,000,000 | 10,000 | 2" in out and "training, tokens/s (H100) | decoding" in out
-    assert "hours on one GPU" in out and all((tmp_path / f"{name}.png").stat().st_size for name in figures.PICTURES)
+    pictures = [*figures.PICTURES, "attention"]
+    assert "hours on one GPU" in out and all((tmp_path / f"{name}.png").stat().st_size for name in pictures)
     wrong = {"nothing to do": [], "=nan: must": ["--minutes=nan"], "more than 0": ["--minutes=-1"]}
     (tmp_path / "a").mkdir()
     for name in ("x.txt", "a/x.txt"):
@@ -349,6 +363,32 @@ def test_tables_and_pictures(tmp_path, capsys):
     results.write_text('{"scale": 3}\n')
     with pytest.raises(ValueError, match="runs.jsonl, line 1"):
         study.main(["--list", f"--results={tmp_path}"])
+
+
+def test_what_came_after_the_small_epochs():
+    """A line and a point for each run, the lowest loss first, beside the mean of the system's epochs; one that diverged
+    has none. Speeds only of runs that had a GPU to themselves."""
+    plt = pytest.importorskip("matplotlib.pyplot")
+    plans = [plan for system in ("transformer", "hymba") for plan in plans_of(system)]
+    done = {p.key: made_up(p, 1.5 + abs(p.learning_rate - 1e-3) + p.seed / 100) for p in plans}
+    runs = [("hymba", "small", "long", 1.31), ("transformer", "small", "long", 1.3), ("mamba", "small", "flops", None)]
+    runs += [("transformer", "small", "flops", 1.6), ("hymba", "large", "epoch", 1.25)]
+    for system, scale, stage, loss in runs:
+        plan = study.Plan(system, scale, stage, 4e8, 1e-3)
+        done[plan.key] = made_up(plan, loss) if loss else made_up(plan, 9.0) | {"val_loss": None}
+    lines = [line.split(" | ") for line in figures.later_table(done).splitlines()]
+    assert [line[1] for line in lines[2:]] == ["transformer", "transformer", "hymba", "hymba"]
+    assert lines[3][:5] == ["| four epochs", "transformer", "0.001", "1.300", "1.515"]
+    assert lines[2][8:] == ["0.50", "14.53", "0.131", "H100", "1,000,000", "10,000 |"] and lines[3][12:] == ["", " |"]
+    assert lines[5][0] == "| large" and lines[5][9] == f"{study.SCALES['large'].parameters / 1e6:.2f}"
+    figures.draw_later(axes := plt.figure().add_subplot(), done)
+    ends = {text.get_text(): (text.xy, line.get_xydata()) for text, line in zip(axes.texts, axes.lines, strict=True)}
+    assert ends["hymba, large"][0][1] == 1.25 and ends["hymba, large"][1][0, 1] == pytest.approx(1.515)
+    assert ends["transformer, four epochs"][0][0] == pytest.approx(4e8 * 0.1281e9, rel=1e-3)  # 4e8 tokens
+    for kind, systems in (("attn", ["transformer", "hymba"]), ("ssm", ["hymba"])):
+        figures.draw_heads(axes := plt.figure().add_subplot(), done, kind)
+        assert axes.get_legend_handles_labels()[1] == systems
+    plt.close("all")
 
 
 def test_confidence_intervals():
