@@ -315,11 +315,14 @@ def train(plan: Plan, env: dict, deadline: float) -> dict | None:
     if saved.get("step") != plan.flags()["max_steps"]:  # else it is trained, and what followed was cut off
         output = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         process = subprocess.Popen(command, cwd=ROOT, env=env, **output)
-        timer = threading.Timer(deadline - time.monotonic(), process.send_signal, [signal.SIGTERM])
-        timer.start()
+        left, stops = deadline - time.monotonic(), (process.terminate, process.kill)
+        timers = [threading.Timer(*pair) for pair in zip((left - SAVING, left), stops, strict=True)]
+        for timer in timers:
+            timer.start()
         said = process.communicate()[0]
-        timer.cancel()
-        if process.returncode == -signal.SIGTERM:  # before the first step
+        for timer in timers:
+            timer.cancel()
+        if process.returncode in (-signal.SIGTERM, -signal.SIGKILL):  # before the first step, or it was slow to save
             return None
         diverged = process.returncode and "try a lower learning_rate" in said
         if process.returncode and not diverged:
@@ -445,7 +448,7 @@ class Driver:
             row = None
             try:
                 print(f"{time.strftime('%H:%M:%S')} {plan.name} on {device}", flush=True)
-                if (outcome := train(plan, env, self.deadline - SAVING)) is None:
+                if (outcome := train(plan, env, self.deadline)) is None:
                     return
                 if outcome["val_loss"] is not None:
                     if not plan.shares and gpu is not None:

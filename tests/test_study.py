@@ -265,13 +265,13 @@ def test_cut_off_runs_go_on(toy, tmp_path, monkeypatch):
     plan = study.Plan("transformer", "small", "rate", 2000 * 32, 1e-3)
     folder, timer = tmp_path / "out/study" / plan.name, threading.Timer
 
-    def once_it_trains(seconds: float, stop, args: list) -> threading.Timer:
+    def once_it_trains(seconds: float, stop) -> threading.Timer:
         def wait():
             while not (folder / "metrics.jsonl").exists() or not (folder / "metrics.jsonl").stat().st_size:
                 time.sleep(0.05)
-            stop(*args)
+            stop()
 
-        return timer(0, wait)
+        return timer(0, wait) if stop.__name__ == "terminate" else timer(seconds, stop)
 
     with monkeypatch.context() as patch:
         patch.setattr(threading, "Timer", once_it_trains)
@@ -284,6 +284,16 @@ def test_cut_off_runs_go_on(toy, tmp_path, monkeypatch):
     config = json.loads((folder / "last/config.json").read_text())
     (folder / "last/config.json").write_text(json.dumps(config | {"data": {"train": "other"}}))
     assert study.train(plan, os.environ, 0) is None  # on other data: begun anew, and stopped
+
+
+def test_training_ends_in_time(toy, tmp_path):
+    """Also where it does not heed SIGTERM."""
+    (tmp_path / "train.py").unlink()
+    code = "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(600)\n"
+    (tmp_path / "train.py").write_text(code)
+    plan = study.Plan("hymba", "small", "epoch", 64 * 32, 1e-3)
+    begin = time.monotonic()
+    assert study.train(plan, os.environ, begin + 3) is None and time.monotonic() < begin + 300
 
 
 def test_measuring_ends_in_time(toy, tmp_path, monkeypatch):
