@@ -10,7 +10,7 @@ from pathlib import Path
 import cost
 import pictures
 from model import HymbaConfig
-from study import MAIN, RECALL_RATES, SYSTEMS, TRIAL, config_fields, epochs, mean_loss, ranking, trials
+from study import MAIN, RECALL_RATES, SYSTEMS, TRIAL, config_fields, epochs, mean_loss, parameters, ranking, trials
 
 # Hymba, Table 1: accuracy of general and of recall tasks, in percent, of models of about 300M parameters. The paper's
 # row of windows has neither meta tokens nor shared keys and values; hymba-windows has both.
@@ -20,7 +20,7 @@ PAPER = {
 }  # fmt: skip
 
 LATER = {("small", "flops"): "same operations", ("small", "long"): "four epochs", ("large", "epoch"): "large"}
-COLORS = {system: f"C{i % 10}" for i, system in enumerate(SYSTEMS)}  # the same in all pictures
+COLORS = {system: f"C{min(i, len(MAIN))}" for i, system in enumerate(SYSTEMS)}  # in all pictures; variants share one
 
 
 def cache_mb(row: dict) -> float:
@@ -73,10 +73,10 @@ def later(done: dict) -> dict[str, dict[str, dict]]:
     """What came after the small epochs, by what is different and by system, the lowest loss first: as many operations
     as Hymba, four epochs, the large scale."""
     found = {name: {} for name in LATER.values()}
-    for (scale, system, stage, *_), row in done.items():
-        if (scale, stage) in LATER and row["val_loss"]:
-            found[LATER[scale, stage]][system] = row
-    return {name: dict(sorted(rows.items(), key=lambda pair: pair[1]["val_loss"])) for name, rows in found.items()}
+    rows = [(key, row) for key, row in done.items() if (key[0], key[2]) in LATER and row["val_loss"]]
+    for (scale, system, stage, *_), row in sorted(rows, key=lambda pair: pair[1]["val_loss"]):
+        found[LATER[scale, stage]].setdefault(system, row)  # the better one of two rates
+    return found
 
 
 def operations(row: dict) -> float:
@@ -136,22 +136,18 @@ def table(done: dict) -> str:
 def later_table(done: dict) -> str:
     """A line for each run that came after the small epochs, beside the mean of those. Speeds of those that had a GPU to
     themselves."""
-    lines = [
-        ["what", "system", "rate", "loss", "small epoch", "bits per byte", "within", "beyond", "needle", "M active"]
-    ]
-    lines[0] += ["GFLOPs a token", "device", "training, tokens/s", "decoding, tokens/s"]
-    ranked = ranking(done)
+    heads = ["what", "system", "rate", "loss", "small epoch", "bits per byte", "within", "beyond", "needle"]
+    heads += ["active parameters, M", "training, GFLOPs a token", "device", "training, tokens/s", "decoding, tokens/s"]
+    ranked, lines = ranking(done), [heads]
     for name, rows in later(done).items():
         for system, row in rows.items():
             before = f"{mean_loss(ranked[system]):.3f}" if system in ranked else ""
             cells = [name, system, f"{row['learning_rate']:g}", f"{row['val_loss']:.3f}", before]
             cells += [f"{value:.3f}" for value in (row["val_bpb"], *reach(row))] + [f"{needle(row):.2f}"]
-            model = cost.meta_model(config_fields(row["flags"]))
-            cells += [f"{(cost.active_params(model) - model.embed.weight.numel()) / 1e6:.2f}"]
+            cells += [f"{parameters(cost.meta_model(config_fields(row['flags']))) / 1e6:.2f}"]
             cells += [f"{operations(row) / 1e9:.3f}", device(row)]
             alone = "decode_tokens_per_s" in row
-            speeds = [row[f"{key}tokens_per_s"] for key in ("", "decode_")] if alone else []
-            lines.append([*cells, *(f"{speed:,.0f}" for speed in speeds), *([""] * (2 - len(speeds)))])
+            lines.append(cells + [f"{row[f'{key}tokens_per_s']:,.0f}" if alone else "" for key in ("", "decode_")])
     return markdown(lines)
 
 
@@ -273,14 +269,15 @@ def draw_ladder(ax, done: dict) -> None:
 
 
 def draw_later(ax, done: dict) -> None:
-    """From an epoch at the small scale to four (solid), to as many operations as Hymba, and to the large scale."""
+    """From an epoch at the small scale to four (solid), to as many operations as Hymba (dotted), and to the large scale
+    (dashed)."""
     found, ranked = later(done), ranking(done)
     point = lambda row, loss: (row["tokens"] * operations(row), loss)  # noqa: E731
     for (name, rows), style in zip(found.items(), ("x:", "o-", "s--"), strict=True):
         for i, (system, row) in enumerate(rows.items()):
             if system in ranked:
                 points = point(ranked[system][0], mean_loss(ranked[system])), point(row, row["val_loss"])
-                ax.plot(*zip(*points, strict=True), style, color=COLORS[system], ms=5, lw=1)
+                ax.plot(*zip(*points, strict=True), style, color=COLORS[system], ms=5, lw=1, markevery=[1])
                 side = {"ha": "left", "xytext": (5, 0)} if i % 2 else {"ha": "right", "xytext": (-5, 0)}
                 side["va"] = "bottom" if i % 4 > 1 else "top"  # neighbours apart
                 ax.annotate(f"{system}, {name}", points[1], textcoords="offset points", fontsize="x-small", **side)
@@ -295,7 +292,8 @@ def draw_heads(ax, done: dict, kind: str) -> None:
         if not all(map(math.isnan, changes)):
             ax.plot(range(1, len(changes) + 1), changes, "o-", color=COLORS[system], label=system)
     what = {"attn": "attention", "ssm": "SSM heads"}[kind]
-    ax.set(yscale="log", xlabel="block", ylabel=f"change of the loss without its {what}, nats per token")
+    ax.set_yscale("symlog", linthresh=1e-3)  # removing some may help
+    ax.set(xlabel="block, from 1", ylabel=f"change of the loss without its {what}, nats per token")
 
 
 PICTURES = {
@@ -319,9 +317,10 @@ def main(done: dict, folder: Path) -> None:
         ax.grid(alpha=0.3)
         fig.tight_layout()
         pictures.save(plt, folder / f"{name}.png")
-    long = later(done)["four epochs"].items()
+    long, names = later(done)["four epochs"].items(), [f"{name}.png" for name in PICTURES]
     if models := {s: {"pattern": r["flags"]["pattern"], "texts": {"": {"blocks": r["attention"]}}} for s, r in long}:
         pictures.draw_attention(plt, models)
         plt.tight_layout()
         pictures.save(plt, folder / "attention.png")
-    print(f"wrote {', '.join(f'{name}.png' for name in PICTURES)} in {folder}")
+        names.append("attention.png")
+    print(f"wrote {', '.join(names)} in {folder}")

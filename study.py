@@ -40,10 +40,10 @@ import torch
 
 import cost
 import prepare
-from files import check_folders, naming, parse_json
+from files import check_folders, naming, parse_json, recover
 from flags import Parser, read_config_file, run
 from hybrids import hybrid_pattern
-from model import HymbaConfig
+from model import Hymba, HymbaConfig
 
 ROOT = Path(__file__).parent
 
@@ -105,8 +105,8 @@ SCALES = {
 EPOCH, TRIAL, RECALL = 97e6, 25e6, 262e6  # tokens of the corpus, of a trial of a learning rate, and of a run of recall
 RATES, RECALL_RATES = (2e-3, 4e-3, 8e-3), (3e-3, 6e-3)
 START, MEASURING, SAVING = 40, 50, 15  # seconds before the first step; of decode_speed and measure; of a checkpoint
-SPEED = 700_000  # tokens/s at the small scale of a system that has not run yet
-FASTEST = 3_000_000  # of one that has not run at the scale, whichever it is: the host has to keep up
+SPEED = 700_000  # tokens/s at the small scale, of a system that was not timed yet
+FASTEST = 3_000_000  # at most, of a system that has not run at a scale: the host has to keep up
 BESIDE = 0.6  # of its speed, what a run keeps beside another on the same GPU
 
 
@@ -130,8 +130,12 @@ def settings(system: str, scale: Scale, match: str = "parameters") -> dict:
     if match == "flops":
         like = cost.meta_model(config_fields(settings("hymba", scale)))
         return given | {"n_hidden": cost.solve(fields, cost.flops_per_token, cost.flops_per_token(like), 8)["n_hidden"]}
-    count = lambda model: cost.active_params(model) - model.embed.weight.numel()  # noqa: E731
-    return given | {"n_hidden": cost.solve(fields, count, scale.parameters, 8)["n_hidden"]}
+    return given | {"n_hidden": cost.solve(fields, parameters, scale.parameters, 8)["n_hidden"]}
+
+
+def parameters(model: Hymba) -> int:
+    """How many work on a token, the embedding not counted."""
+    return cost.active_params(model) - model.embed.weight.numel()
 
 
 def config_fields(flags: dict) -> dict:
@@ -266,17 +270,18 @@ def seconds(plan: Plan, done: dict) -> float:
     GPU to themselves say it best; what others had beside them is not known. From one scale to another, speed goes with
     one over the parameters."""
 
-    def speeds(here: bool, shared: bool) -> list[float]:
-        rows = [
-            (key, row["tokens_per_s"]) for key, row in done.items() if key[1] == plan.system and row["tokens_per_s"]
-        ]
-        rows = [(key, speed) for key, speed in rows if (key[0] == plan.scale) == here and shares(*key[2::2]) == shared]
-        return [speed * SCALES[key[0]].parameters / SCALES[plan.scale].parameters for key, speed in rows]
+    def speeds(here: bool, alone: bool) -> list[float]:
+        found = []
+        for (scale, system, stage, _, seed), row in done.items():
+            same = system == plan.system and (scale == plan.scale) == here and shares(stage, seed) != alone
+            if same and row["tokens_per_s"]:
+                found.append(row["tokens_per_s"] * SCALES[scale].parameters / SCALES[plan.scale].parameters)
+        return found
 
+    alone, beside = speeds(here=True, alone=True), speeds(here=True, alone=False)
     guess = SPEED * SCALES["small"].parameters / SCALES[plan.scale].parameters
-    alone, others = speeds(True, False), speeds(True, True)
-    elsewhere = min(*(speeds(False, False) or [guess]), FASTEST)
-    speed = min(others) if others and not alone else min(alone or [elsewhere]) * (BESIDE if plan.shares else 1)
+    elsewhere = min(*(speeds(here=False, alone=True) or [guess]), FASTEST)
+    speed = min(beside) if beside and not alone else min(alone or [elsewhere]) * (BESIDE if plan.shares else 1)
     return START + plan.tokens / speed + measuring(plan)
 
 
@@ -304,6 +309,7 @@ def train(plan: Plan, env: dict, deadline: float) -> dict | None:
     """Train a plan's model; None if the time ran out first. Of a run that diverged, val_loss is None. Raises
     RuntimeError with what train.py printed if it fails otherwise."""
     folder, diverged = ROOT / "out" / "study" / plan.name, False
+    recover(folder / "last")  # where it was killed while it saved
     options = [f"--{name}={value}" for name, value in plan.flags().items()]
     saved = json.loads(config.read_text()) if (config := folder / "last/config.json").exists() else {}
     meta = json.loads((ROOT / "data" / plan.flags()["dataset"] / "meta.json").read_text())
@@ -315,14 +321,15 @@ def train(plan: Plan, env: dict, deadline: float) -> dict | None:
     if saved.get("step") != plan.flags()["max_steps"]:  # else it is trained, and what followed was cut off
         output = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         process = subprocess.Popen(command, cwd=ROOT, env=env, **output)
-        left, stops = deadline - time.monotonic(), (process.terminate, process.kill)
-        timers = [threading.Timer(*pair) for pair in zip((left - SAVING, left), stops, strict=True)]
+        left = deadline - time.monotonic()
+        timers = threading.Timer(left - SAVING, process.terminate), threading.Timer(left, process.kill)
         for timer in timers:
             timer.start()
         said = process.communicate()[0]
         for timer in timers:
             timer.cancel()
-        if process.returncode in (-signal.SIGTERM, -signal.SIGKILL):  # before the first step, or it was slow to save
+        over = time.monotonic() > deadline - SAVING
+        if over and process.returncode in (-signal.SIGTERM, -signal.SIGKILL):  # before a step, or while it saved
             return None
         diverged = process.returncode and "try a lower learning_rate" in said
         if process.returncode and not diverged:
@@ -409,7 +416,7 @@ class Driver:
         took = {plan: seconds(plan, done) for plan in new if plan.learning_rate}
         enough = left > 3 * START  # to get anywhere
         first = next(iter(took), None) if enough else None
-        return next((p for p in took if took[p] < left or (enough and took[p] > self.whole - START)), first)
+        return next((p for p in took if took[p] < left - SAVING or (enough and took[p] > self.whole - START)), first)
 
     def next(self, gpu: int | None) -> Plan | None:
         """What is to be run next, once the GPU has room: it trains two runs that are not timed, or one. None if there
@@ -493,8 +500,8 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if not (args.list or args.figures) and args.minutes is None:
         raise ValueError("nothing to do: give --list, --minutes=9 or --figures")
-    if args.minutes is not None and not 0 < args.minutes <= 1e5:
-        raise ValueError(f"--minutes={args.minutes:g}: must be more than 0, and 100,000 or less")
+    if args.minutes is not None and not 0 < args.minutes <= 1e4:
+        raise ValueError(f"--minutes={args.minutes:g}: must be more than 0, and 10,000 or less")
     if missing := [path for path in args.text if not path.exists()]:
         raise FileNotFoundError(f"no file or folder {missing[0]}")
     if len({path.name for path in args.text}) < len(args.text):

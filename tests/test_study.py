@@ -16,8 +16,6 @@ import figures
 import recall
 import study
 
-KINDS = ("attn", "M"), ("ssm", "Tt")  # and the letters of blocks without them
-
 
 def made_up(plan: study.Plan, loss: float) -> dict:
     row = {"scale": plan.scale, "system": plan.system, "stage": plan.stage, "tokens": plan.tokens, "seed": plan.seed}
@@ -26,18 +24,20 @@ def made_up(plan: study.Plan, loss: float) -> dict:
     row |= {"tokens_per_s": 1e6, "curve": [(i, loss + 1 / i) for i in range(1, 200)]}
     if plan.stage == "recall":
         return row | {"accuracy": 0.5, "pairs": {"4": {"accuracy": 0.9}, "8": {"accuracy": 0.1}}, "cache_bytes": 1000}
-    long = row["flags"]["block_size"]
-    edges = [1, 100, 250 * long // 1024, 300 * long // 1024, long + 1, 8 * long + 1]
+    length = row["flags"]["block_size"]
+    edges = [1, 100, 250 * length // 1024, 300 * length // 1024, length + 1, 8 * length + 1]
     position = {"study": {"edges": edges, "by_position": [3.0, 2.0, 9.0, 1.0, 9.0]}}
-    needle = {"lengths": [long // 4, long], "choice": [[0.5, 0.25], [0.5, 0.75]]}
+    needle = {"lengths": [length // 4, length], "choice": [[0.5, 0.25], [0.5, 0.75]]}
     row |= {"position": position, "needle": needle}
     if plan.stage != "long":
         return row | {"decode_tokens_per_s": 1e4}
     letters = plan.flags()["pattern"]
-    row["heads"] = {kind: [None if letter in no else 0.5 for letter in letters] for kind, no in KINDS}
-    shares = dict.fromkeys(("meta", "first", "self", "others"), 0.25)
-    names = ("attn", "ssm", "attn_branch_norm", "ssm_branch_norm")
-    return row | {"attention": [{"share": shares, "meta": [], "memory": None} | dict.fromkeys(names, 1.0)] * 12}
+    without = {"attn": "M", "ssm": "Tt"}  # blocks of these letters
+    row["heads"] = {kind: [None if letter in no else 0.5 for letter in letters] for kind, no in without.items()}
+    block = {"share": dict.fromkeys(("meta", "first", "self", "others"), 0.25), "meta": [0.125, 0.125]}
+    block |= {"memory": {"10%": 1.0, "50%": 2.0, "90%": 3.0}}
+    block |= dict.fromkeys(("attn", "ssm", "attn_branch_norm", "ssm_branch_norm"), 1.0)
+    return row | {"attention": [block] * len(letters)}
 
 
 def test_the_study_ends_and_repeats_nothing():
@@ -192,13 +192,14 @@ def test_timed_runs_have_the_gpu_for_themselves(toy, tmp_path, monkeypatch, caps
         return {"val_loss": 1.0, "tokens_per_s": 1e6}
 
     def decode_speed(plan, env, deadline):
-        assert not driver.on(0, "measuring")
+        assert deadline == driver.deadline and not driver.on(0, "measuring")
         time.sleep(0.3)  # another would begin beside it
         with lock:
             at_once.remove(plan)
         return 1e4
 
     def measure(plan, env, deadline, texts):
+        assert deadline == driver.deadline
         if follows := {3.0: 4.0, 4.0: 6.0, 6.0: 7.0}.get(plan.learning_rate):
             assert begun[follows].wait(20)  # it begins while this one is measured
             time.sleep(0.3)
@@ -265,7 +266,11 @@ def test_cut_off_runs_go_on(toy, tmp_path, monkeypatch):
     plan = study.Plan("transformer", "small", "rate", 2000 * 32, 1e-3)
     folder, timer = tmp_path / "out/study" / plan.name, threading.Timer
 
+    asked = {}
+
     def once_it_trains(seconds: float, stop) -> threading.Timer:
+        asked[stop.__name__] = seconds
+
         def wait():
             while not (folder / "metrics.jsonl").exists() or not (folder / "metrics.jsonl").stat().st_size:
                 time.sleep(0.05)
@@ -276,7 +281,7 @@ def test_cut_off_runs_go_on(toy, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(threading, "Timer", once_it_trains)
         assert study.train(plan, os.environ, time.monotonic() + 600) is None
-    assert (folder / "last").exists()
+    assert (folder / "last").exists() and asked["kill"] - asked["terminate"] == pytest.approx(study.SAVING)
     monkeypatch.setattr(study.Plan, "flags", shorter(study.Plan.flags, folder))
     row = study.train(plan, os.environ, time.monotonic() + 600)
     assert row["val_loss"] > 0 and row["curve"][0][0] == 1
@@ -287,18 +292,22 @@ def test_cut_off_runs_go_on(toy, tmp_path, monkeypatch):
 
 
 def test_training_ends_in_time(toy, tmp_path, monkeypatch):
-    """Also where it does not heed SIGTERM."""
+    """Also where it does not heed SIGTERM. What something else kills, has failed."""
     (tmp_path / "train.py").unlink()
-    code = "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(600)\n"
+    code = "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nopen('deaf', 'w')\ntime.sleep(60)\n"
     (tmp_path / "train.py").write_text(code)
     plan = study.Plan("hymba", "small", "epoch", 64 * 32, 1e-3)
     monkeypatch.setattr(study, "SAVING", 1)
     begin = time.monotonic()
-    assert study.train(plan, os.environ, begin + 4) is None and time.monotonic() < begin + 300
+    assert study.train(plan, os.environ, begin + 5) is None and time.monotonic() < begin + 30
+    assert (tmp_path / "deaf").exists()
+    (tmp_path / "train.py").write_text("import os\nos.kill(os.getpid(), 9)\n")
+    with pytest.raises(RuntimeError):
+        study.train(plan, os.environ, time.monotonic() + 600)
 
 
 def test_measuring_ends_in_time(toy, tmp_path, monkeypatch):
-    """What is not measured by the deadline is not recorded, and no failure: the next call measures it."""
+    """What is not measured by the deadline is not recorded, and no failure."""
     plan = study.Plan("hymba", "small", "epoch", 64 * 32, 1e-3)
     (tmp_path / "evaluate.py").write_text("import time\ntime.sleep(600)\n")
     monkeypatch.setattr(study, "plans", lambda done: [plan])
@@ -387,6 +396,8 @@ def test_what_came_after_the_small_epochs():
     for system, scale, stage, loss in runs:
         plan = study.Plan(system, scale, stage, 4e8, 1e-3)
         done[plan.key] = made_up(plan, loss) if loss else made_up(plan, 9.0) | {"val_loss": None}
+    worse = study.Plan("hymba", "large", "epoch", 4e8, 2e-3)
+    done[worse.key] = made_up(worse, 1.26)  # at another rate
     lines = [line.split(" | ") for line in figures.later_table(done).splitlines()]
     assert [line[1] for line in lines[2:]] == ["transformer", "transformer", "hymba", "hymba"]
     assert lines[3][:5] == ["| four epochs", "transformer", "0.001", "1.300", "1.515"]
