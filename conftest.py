@@ -24,6 +24,8 @@ import prepare  # noqa: E402
 from model import Hymba, HymbaConfig  # noqa: E402
 
 torch.set_num_threads(1)  # the tensors here are too small to share
+os.environ["OMP_NUM_THREADS"] = "1"  # in what the tests start, too
+ops.use_kernels(False)  # while fixtures of a whole module are made, too
 hypothesis.settings.register_profile("same", derandomize=True)  # cases that are the same in each run
 hypothesis.settings.load_profile("same")
 

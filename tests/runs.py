@@ -30,7 +30,7 @@ def train_here(root: Path, *flags: str) -> None:
 def run_train(root: Path, *flags: str, launcher=(), wait: bool = True, **env):
     """python train.py in a process of its own."""
     command = [sys.executable, *launcher, str(ROOT / "train.py"), *TINY, f"--data_dir={root / 'data'}", *flags]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"} | env
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"} | env
     pipe = subprocess.PIPE
     process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env, cwd=root, start_new_session=True)
     if not wait:

@@ -70,7 +70,7 @@ def test_every_command(small_sources):
             subprocess.run(command, shell=True, check=True)
         elif words[0] == "torchrun":
             toy = ["--standalone", "--nproc_per_node=2", str(ROOT / "train.py"), *words[3:], *TOY.split()]
-            env = os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+            env = os.environ | {"TRITON_INTERPRET": "0"}
             subprocess.run([sys.executable, "-m", "torch.distributed.run", *toy], check=True, timeout=120, env=env)
         else:
             with open(target or "printed.txt", "w") as file, contextlib.redirect_stdout(file):

@@ -17,7 +17,7 @@ from model import HymbaConfig
 
 
 def script(name: str, *args: str, cwd=ROOT, **options) -> subprocess.CompletedProcess:
-    env = os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"TRITON_INTERPRET": "0"}
     command = [sys.executable, str(ROOT / name), *args]
     return subprocess.run(command, cwd=cwd, env=env, text=True, timeout=60, **({"capture_output": True} | options))
 

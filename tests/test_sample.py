@@ -27,7 +27,7 @@ from tokenizer import ReleasedTokenizer, chat_template, detokenizer, load_tokeni
 def test_sample_command(corpus, tmp_path, monkeypatch, capsys):
     def run(*flags):
         command = [sys.executable, str(ROOT / "sample.py"), "--device=cpu", *flags]
-        env = os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
+        env = os.environ | {"TRITON_INTERPRET": "0", "PYTHONUTF8": "1"}
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, env=env)
         return done.returncode, done.stdout.decode(), done.stderr.decode()
 

@@ -129,7 +129,6 @@ def toy(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(study, "SYSTEMS", {s: study.SYSTEMS[s] for s in ("transformer", "hymba")})
     monkeypatch.setattr(study, "ROOT", tmp_path)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return lambda seconds: study.Driver(tmp_path / "runs.jsonl", time.monotonic() + seconds, "abc", [])
 
 
