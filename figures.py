@@ -188,9 +188,9 @@ def draw_curves(ax, done: dict, seconds: bool) -> None:
 
 
 def draw_against(ax, points: dict[str, tuple[float, float]], x: str, y: str) -> None:
-    for system, point in points.items():
+    for i, (system, point) in enumerate(points.items()):
         ax.plot(*point, "o", color=COLORS[system])
-        ax.annotate(system, point, (5, 3), textcoords="offset points", fontsize="small")
+        ax.annotate(system, point, (5, -9 if i % 2 else 3), textcoords="offset points", fontsize="small")  # apart
     ax.margins(x=0.2)  # for the last name
     ax.set(xscale="log", xlabel=x, ylabel=y)
 
