@@ -258,6 +258,20 @@ def mean_loss(rows: list[dict]) -> float:
     return statistics.mean(r["val_loss"] for r in rows)
 
 
+def folder(plan: Plan) -> Path:
+    return ROOT / "out" / "study" / plan.name
+
+
+def checkpoint(plan: Plan) -> dict:
+    """What config.json says of the checkpoint that a run has left, {} where there is none or it is of other data."""
+    config = folder(plan) / "last" / "config.json"
+    meta = ROOT / "data" / SCALES[plan.scale].flags["dataset"] / "meta.json"
+    if not (config.exists() and meta.exists()):
+        return {}
+    saved = json.loads(config.read_text())
+    return saved if saved["data"]["train"] == json.loads(meta.read_text())["train"]["sha256"] else {}
+
+
 def measuring(plan: Plan) -> float:
     """How long it will take to measure what was trained."""
     if plan.stage == "rate" or (plan.stage != "recall" and plan.seed > 1):
@@ -266,9 +280,9 @@ def measuring(plan: Plan) -> float:
 
 
 def seconds(plan: Plan, done: dict) -> float:
-    """How long a run will take: as long as the slowest of the same system and scale, if there is one. Those that had a
-    GPU to themselves say it best; what others had beside them is not known. From one scale to another, speed goes with
-    one over the parameters."""
+    """How long what its checkpoint lacks of a run will take: at the speed of the slowest of the same system and scale,
+    if there is one. Those that had a GPU to themselves say it best; what others had beside them is not known. From one
+    scale to another, speed goes with one over the parameters."""
 
     def speeds(here: bool, alone: bool) -> list[float]:
         found = []
@@ -282,7 +296,8 @@ def seconds(plan: Plan, done: dict) -> float:
     guess = SPEED * SCALES["small"].parameters / SCALES[plan.scale].parameters
     elsewhere = min(*(speeds(here=False, alone=True) or [guess]), FASTEST)
     speed = min(beside) if beside and not alone else min(alone or [elsewhere]) * (BESIDE if plan.shares else 1)
-    return START + plan.tokens / speed + measuring(plan)
+    left = 1 - checkpoint(plan).get("step", 0) / SCALES[plan.scale].steps(plan.tokens)
+    return (START if left else 0) + left * plan.tokens / speed + measuring(plan)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -308,15 +323,12 @@ def read(results: Path, data: dict | None = None) -> dict:
 def train(plan: Plan, env: dict, deadline: float) -> dict | None:
     """Train a plan's model; None if the time ran out first. Of a run that diverged, val_loss is None. Raises
     RuntimeError with what train.py printed if it fails otherwise."""
-    folder, diverged = ROOT / "out" / "study" / plan.name, False
-    recover(folder / "last")  # where it was killed while it saved
+    out, diverged = folder(plan), False
+    recover(out / "last")  # where it was killed while it saved
     options = [f"--{name}={value}" for name, value in plan.flags().items()]
-    saved = json.loads(config.read_text()) if (config := folder / "last/config.json").exists() else {}
-    meta = json.loads((ROOT / "data" / plan.flags()["dataset"] / "meta.json").read_text())
-    saved = saved if saved and saved["data"]["train"] == meta["train"]["sha256"] else {}  # of other data: not this run
-    if not saved:
-        shutil.rmtree(folder, ignore_errors=True)  # nothing of another run is to be taken for this one's
-    command = [sys.executable, "train.py", "config/study.py", *options, f"--out_dir={folder}"]
+    if not (saved := checkpoint(plan)):
+        shutil.rmtree(out, ignore_errors=True)  # nothing of another run is to be taken for this one's
+    command = [sys.executable, "train.py", "config/study.py", *options, f"--out_dir={out}"]
     command += ["--resume=anyway"] if saved else []
     if saved.get("step") != plan.flags()["max_steps"]:  # else it is trained, and what followed was cut off
         output = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -334,7 +346,7 @@ def train(plan: Plan, env: dict, deadline: float) -> dict | None:
         diverged = process.returncode and "try a lower learning_rate" in said
         if process.returncode and not diverged:
             raise RuntimeError(f"{plan.name}: {said[-2000:]}")
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps, last = [r for r in rows if "loss" in r], rows[-1] if rows and not diverged else {}
     if not diverged and "val_loss" not in last:
         return None
@@ -361,11 +373,10 @@ def decode_speed(plan: Plan, env: dict, deadline: float) -> float:
 def measure(plan: Plan, env: dict, deadline: float, texts: list[Path]) -> dict:
     """What else is known of a trained model: of recall, accuracies, and what removing heads costs; of text, losses by
     position and the needle, and after the longest training heads and attention, too."""
-    folder = ROOT / "out" / "study" / plan.name
 
     def evaluate(task: str, *options: str) -> dict:
-        out = folder / f"{task}.json"
-        ask(["evaluate.py", task, f"--init_from={folder}", f"--out={out}", *options], env, deadline)
+        out = folder(plan) / f"{task}.json"
+        ask(["evaluate.py", task, f"--init_from={folder(plan)}", f"--out={out}", *options], env, deadline)
         return next(iter(json.loads(out.read_text())["models"].values()))
 
     if plan.stage == "recall":

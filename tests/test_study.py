@@ -277,16 +277,20 @@ def test_cut_off_runs_go_on(toy, tmp_path, monkeypatch):
 
         return timer(0, wait) if stop.__name__ == "terminate" else timer(seconds, stop)
 
+    whole = study.seconds(plan, {}) - study.START
     with monkeypatch.context() as patch:
         patch.setattr(threading, "Timer", once_it_trains)
         assert study.train(plan, os.environ, time.monotonic() + 600) is None
     assert (folder / "last").exists() and asked["kill"] - asked["terminate"] == pytest.approx(study.SAVING)
+    step = json.loads((folder / "last/config.json").read_text())["step"]
+    assert study.seconds(plan, {}) - study.START == pytest.approx(whole * (1 - step / 2000))
     monkeypatch.setattr(study.Plan, "flags", shorter(study.Plan.flags, folder))
     row = study.train(plan, os.environ, time.monotonic() + 600)
     assert row["val_loss"] > 0 and row["curve"][0][0] == 1
     assert study.train(plan, os.environ, 0) == row  # trained: nothing is run
     config = json.loads((folder / "last/config.json").read_text())
     (folder / "last/config.json").write_text(json.dumps(config | {"data": {"train": "other"}}))
+    assert study.seconds(plan, {}) == study.START + whole
     assert study.train(plan, os.environ, 0) is None  # on other data: begun anew, and stopped
 
 
