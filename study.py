@@ -259,6 +259,7 @@ def mean_loss(rows: list[dict]) -> float:
 
 
 def folder(plan: Plan) -> Path:
+    """Where train.py keeps a run, and what is measured of it is written."""
     return ROOT / "out" / "study" / plan.name
 
 

@@ -145,6 +145,8 @@ def test_a_run_is_recorded_and_goes_on(toy, tmp_path, monkeypatch):
     assert driver.pick([plan], {}) == plan  # it does not end in time, but goes on the next time
     took[other] = 100
     assert driver.pick([plan, other], {}) == other  # this one ends
+    took[other] = 190  # of 200, the last of which are to save what has not ended
+    assert driver.pick([plan, other], {}) == plan
     driver.whole = 200
     assert driver.pick([plan, other], {}) == plan  # the next time, it does not end either
     driver.deadline -= 150
@@ -285,10 +287,14 @@ def test_cut_off_runs_go_on(toy, tmp_path, monkeypatch):
     step = json.loads((folder / "last/config.json").read_text())["step"]
     assert study.seconds(plan, {}) - study.START == pytest.approx(whole * (1 - step / 2000))
     monkeypatch.setattr(study.Plan, "flags", shorter(study.Plan.flags, folder))
+    (folder / "last").rename(folder / "last.old")  # as if it was killed while it saved
+    (folder / "kept").touch()
     row = study.train(plan, os.environ, time.monotonic() + 600)
-    assert row["val_loss"] > 0 and row["curve"][0][0] == 1
+    assert row["val_loss"] > 0 and row["curve"][0][0] == 1 and (folder / "kept").exists()
     assert study.train(plan, os.environ, 0) == row  # trained: nothing is run
     config = json.loads((folder / "last/config.json").read_text())
+    (folder / "last/config.json").write_text(json.dumps(config | {"step": 2000}))
+    assert study.seconds(plan, {}) == 0  # and of a trial, nothing is measured
     (folder / "last/config.json").write_text(json.dumps(config | {"data": {"train": "other"}}))
     assert study.seconds(plan, {}) == study.START + whole
     assert study.train(plan, os.environ, 0) is None  # on other data: begun anew, and stopped
@@ -374,8 +380,14 @@ def test_tables_and_pictures(tmp_path, capsys):
     row = f"| hymba | `HhhhhHhhhhhH` | 2 | 1.515 | 0.013 | 0.758 | 0.001 |  | {within:.3f} | 1.000 | 0.50 | 0.50 "
     assert row + "| 1,000,000 | 10,000 | 2" in out and "training, tokens/s (H100) | decoding" in out
     pictures = [*figures.PICTURES, "attention"]
+    assert ", attention.png in" in out
     assert "hours on one GPU" in out and all((tmp_path / f"{name}.png").stat().st_size for name in pictures)
-    wrong = {"nothing to do": [], "=nan: must": ["--minutes=nan"], "more than 0": ["--minutes=-1"]}
+    wrong = {
+        "nothing to do": [],
+        "=nan: must": ["--minutes=nan"],
+        "more than 0": ["--minutes=-1"],
+        "10,000 or less": ["--minutes=1e5"],
+    }
     (tmp_path / "a").mkdir()
     for name in ("x.txt", "a/x.txt"):
         (tmp_path / name).touch()
