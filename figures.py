@@ -58,11 +58,13 @@ def device_of(rows: dict[str, dict]) -> str:
 
 def half_intervals(done: dict) -> dict[str, float]:
     """Of each system's mean loss, half the 95% confidence interval, as if seeds differed as much in all systems and at
-    all rates: the variance is pooled. Empty while there are fewer than five pairs of seeds."""
-    losses = {key: r["val_loss"] for key, r in done.items() if key[0] == "small" and key[2] == "epoch"}
-    pairs = [(losses.get((*key, 1)), loss) for (*key, seed), loss in losses.items() if seed == 2]
-    squares = [(a - b) ** 2 / 2 for a, b in pairs if a and b]
-    if (free := len(squares)) < 5:  # degrees of freedom
+    all rates: the variance is pooled. Empty while it has fewer than five degrees of freedom."""
+    seeds = {}
+    for (scale, system, stage, rate, _), row in done.items():
+        if (scale, stage) == ("small", "epoch") and row["val_loss"]:
+            seeds.setdefault((system, rate), []).append(row["val_loss"])
+    squares = [(loss - statistics.mean(losses)) ** 2 for losses in seeds.values() for loss in losses]
+    if (free := len(squares) - len(seeds)) < 5:  # degrees of freedom
         return {}
     z = statistics.NormalDist().inv_cdf(0.975)
     t = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)  # Student's, within 1%

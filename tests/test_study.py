@@ -54,20 +54,23 @@ def test_the_study_ends_and_repeats_nothing():
     assert [p.stage for p in order[:4]] == ["rate"] * 4 and order[0].system == "transformer"
     stages = list(dict.fromkeys((p.scale, p.stage, p.seed, p.system in study.MAIN) for p in order))
     epochs = [("small", "epoch", 1, True), ("small", "epoch", 2, True), ("small", "epoch", 1, False)]
-    assert [stage for stage in stages if stage[:2] == ("small", "epoch")] == [*epochs, ("small", "epoch", 2, False)]
+    epochs += [("small", "epoch", 2, False), ("small", "epoch", 3, True), ("small", "epoch", 3, False)]
+    assert [stage for stage in stages if stage[:2] == ("small", "epoch")] == epochs
     assert ("small", "rate", 1, False) not in stages
     small = [p for p in order if p.scale == "small"]
     for system in study.SYSTEMS:
-        found = [[p.learning_rate for p in small if p.key[1:3] + p.key[4:] == (system, "epoch", n)] for n in (1, 2)]
+        found = [[p.learning_rate for p in small if p.key[1:3] + p.key[4:] == (system, "epoch", n)] for n in (1, 2, 3)]
         best = optimum.get(system, 2e-3)
         assert found[0] == ([best, best / 2] if best != 0.25e-3 else [best, 2 * best]), system
         assert found[1] == [best / 2 if system == "hymba-no-meta" else best]
-    long, flops, large = (
-        {p.system: p.learning_rate for p in order if key in p.key} for key in ("long", "flops", "large")
-    )
+        assert found[2] == (found[1] if system in study.THIRD else [])
+    long, flops = ({p.system: p.learning_rate for p in order if key in p.key} for key in ("long", "flops"))
     assert long == dict.fromkeys(("hymba", "inter", "intra"), 2e-3) | {"transformer": 0.25e-3, "hymba-no-meta": 1e-3}
     assert flops == {"transformer": 0.25e-3, "mamba": 16e-3, "inter": 2e-3}
-    assert large == {"hymba-no-meta": 0.5e-3, "hymba": 1e-3, "transformer": 0.125e-3, "inter": 1e-3, "mamba": 8e-3}
+    large = [(p.system, p.learning_rate) for p in order if p.scale == "large"]  # half the two rates, the better first
+    better = {"hymba-no-meta": 0.5e-3, "hymba": 1e-3, "transformer": 0.125e-3, "inter": 1e-3, "mamba": 8e-3}
+    worse = {"hymba-no-meta": 1e-3, "hymba": 0.5e-3, "transformer": 0.25e-3, "inter": 0.5e-3, "mamba": 4e-3}
+    assert large == [*better.items(), *worse.items()]
     found = {(p.learning_rate, p.seed) for p in order if p.key[:2] == ("recall", "hymba")}
     assert found == {(3e-3, 1), (3e-3, 2), (6e-3, 1)}
     for rate in (2e-3, 1e-3):  # both epochs of a system that is not among these
@@ -90,7 +93,7 @@ def test_how_long_a_run_takes():
     assert study.seconds(rate, {}) == start + 1e6 / study.SPEED / beside
     known = speeds((rate, 1000), (second, 2000))
     assert study.seconds(epoch, known) == start + 1000 + measuring
-    assert study.seconds(second, known) == start + 1000
+    assert study.seconds(second, known) == start + 1000 + measuring
     known |= speeds((epoch, 1600))
     assert study.seconds(new("flops", 1e6), known) == start + 625 + measuring
     assert study.seconds(new("long", 1e6), known) == start + 625 / beside + 2 * measuring
@@ -333,13 +336,14 @@ def test_measuring_ends_in_time(toy, tmp_path, monkeypatch):
 
 def test_what_is_measured(toy, tmp_path, monkeypatch):
     """After an epoch, position, needle and other texts; after more, heads and attention, too; of recall, accuracy and
-    what heads are worth; of trials and second seeds, nothing."""
+    what heads are worth; of trials, nothing."""
     for name in ("bench.py", "evaluate.py"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "text.txt").write_text("a few words of text " * 40)
     new = lambda *args, **options: study.Plan("hymba", *args, 8 * 32, 1e-3, **options)  # noqa: E731
-    for plan in (new("small", "rate"), new("small", "epoch", seed=2)):
-        assert study.measure(plan, os.environ, 0, []) == {}
+    assert study.measure(new("small", "rate"), os.environ, 0, []) == {}
+    study.train(plan := new("small", "epoch", seed=2), os.environ, time.monotonic() + 600)
+    assert set(study.measure(plan, os.environ, time.monotonic() + 600, [])) == {"position", "needle"}
     study.train(plan := new("small", "long"), os.environ, time.monotonic() + 600)
     found = study.measure(plan, os.environ, time.monotonic() + 600, [tmp_path / "text.txt"])
     assert set(found) == {"position", "needle", "heads", "attention", "texts"} and "text.txt" in found["texts"]
@@ -430,7 +434,7 @@ def test_what_came_after_the_small_epochs():
 
 def test_confidence_intervals():
     """The variance of seeds is pooled: five systems with seeds 0.01 apart, and one with one seed. A pair at the worse
-    rate counts, too."""
+    rate counts, too, and so does a third seed."""
     systems, done = study.MAIN[:6], {}
     for plan in (p for system in systems for p in plans_of(system)):
         if plan.stage != "epoch" or (plan.system, plan.seed) != (systems[5], 2):
@@ -443,6 +447,12 @@ def test_confidence_intervals():
         done[plan.key] = made_up(plan, loss)
     t, sd = 2.447, math.sqrt((5 * 0.01**2 + 0.03**2) / 2 / 6)
     assert figures.half_intervals(done)[systems[5]] == pytest.approx(t * sd, rel=0.01)
+    third = study.Plan("hymba", "small", "epoch", study.EPOCH, 1e-3, 3)
+    done[third.key] = made_up(third, 1.54)  # beside 1.51 and 1.52, whose mean it moves
+    squares = 4 * 0.01**2 / 2 + 0.03**2 / 2 + sum((x - 4.57 / 3) ** 2 for x in (1.51, 1.52, 1.54))
+    t, sd = 2.365, math.sqrt(squares / 7)
+    assert figures.half_intervals(done)["hymba"] == pytest.approx(t * sd / math.sqrt(3), rel=0.01)
+    assert "| 3 | 1.523 | 0.0" in figures.table(done)
     one = {key: row for key, row in done.items() if key[4] == 1}
     assert figures.half_intervals(one) == {} and "| 1 | 1.510 |  | 0.755 |" in figures.table(one)
 
