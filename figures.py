@@ -276,12 +276,14 @@ def draw_later(ax, done: dict) -> None:
     found, ranked = later(done), ranking(done)
     point = lambda row, loss: (row["tokens"] * operations(row), loss)  # noqa: E731
     for (name, rows), style in zip(found.items(), ("x:", "o-", "s--"), strict=True):
+        middle = statistics.median([row["tokens"] * operations(row) for row in rows.values()] or [0])
         for i, (system, row) in enumerate(rows.items()):
             if system in ranked:
                 points = point(ranked[system][0], mean_loss(ranked[system])), point(row, row["val_loss"])
                 ax.plot(*zip(*points, strict=True), style, color=COLORS[system], ms=5, lw=1, markevery=[1])
-                side = {"ha": "left", "xytext": (5, 0)} if i % 2 else {"ha": "right", "xytext": (-5, 0)}
-                side["va"] = "bottom" if i % 4 > 1 else "top"  # neighbours apart
+                right = points[1][0] >= middle  # names are on the side that faces no neighbour
+                side = {"ha": "left", "xytext": (5, 0)} if right else {"ha": "right", "xytext": (-5, 0)}
+                side["va"] = "bottom" if i % 4 > 1 else "top"
                 ax.annotate(f"{system}, {name}", points[1], textcoords="offset points", fontsize="x-small", **side)
     ax.margins(x=0.25)  # for the names
     ax.set(xscale="log", xlabel="floating-point operations of training", ylabel="validation loss, nats per token")
