@@ -232,7 +232,7 @@ def draw_positions(ax, done: dict) -> None:
 
 def draw_reach(ax, done: dict) -> None:
     """Beyond the window, systems that find needles are ahead of what their loss within it lets expect. A line joins a
-    system's two rates, and the better one has the name."""
+    system's two rates, and the better one has the name, but for variants that find needles: they lie close together."""
     for i, system in enumerate(ranking(done)):
         rows = epochs(done, system)
         points = [reach(row) for row in rows]
@@ -240,7 +240,8 @@ def draw_reach(ax, done: dict) -> None:
         colors = dict(c=[needle(row) for row in rows], vmin=0, vmax=1, cmap="viridis")
         ax.scatter(*zip(*points, strict=True), s=[36, 12][: len(rows)], **colors)
         side = {"ha": "left", "xytext": (6, -3)} if i % 2 else {"ha": "right", "xytext": (-6, -3)}  # neighbours apart
-        ax.annotate(system, points[0], textcoords="offset points", fontsize="x-small", **side)
+        if i == 0 or system in MAIN or needle(rows[0]) < 0.8:
+            ax.annotate(system, points[0], textcoords="offset points", fontsize="x-small", **side)
     if ax.collections:
         ax.figure.colorbar(ax.collections[0], label="needle found in 1,024 tokens")
     ax.margins(x=0.2)  # for the last name

@@ -501,6 +501,9 @@ def test_speeds_are_those_on_one_device():
     assert figures.timed(done)["mamba"] == done[worse.key] and "| 2,000,000 |" in figures.table(done)
     figures.draw_reach(axes := plt.figure().add_subplot(), done)
     assert sorted(len(points.get_offsets()) for points in axes.collections) == [1, 1, 1, 2]
+    found = made_up(variant, 3.0) | {"needle": {"lengths": [1024], "choice": [[1.0]]}}  # the worst, and finds all
+    figures.draw_reach(axes := plt.figure().add_subplot(), done | {variant.key: found})
+    assert len(axes.collections) == 5 and sorted(text.get_text() for text in axes.texts) == sorted(figures.timed(done))
     plt.close("all")
 
 
