@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import threading
 import time
 from concurrent import futures
@@ -478,6 +479,25 @@ def test_which_rows_are_shown():
     done["small", variant, "epoch", one, 2] = new(one, 0.1)
     assert [r["learning_rate"] for r in study.ranking(done)[variant]] == [other]  # first seeds decide
     assert f"| {other:g} | 1.000 at {one:g} |" in figures.table(done)
+
+
+def test_the_page_says_what_the_runs_say():
+    """A system's lines in docs/results.md, found by its name or its blocks, have its numbers; README has its losses."""
+    done = study.read(ROOT / "results" / "runs.jsonl")
+    lines = (ROOT / "docs" / "results.md").read_text().splitlines()
+    ranked = study.ranking(done)
+    for system, (first, *others) in ranked.items():
+        blocks = f"| `{first['flags']['pattern']}` |" if system.startswith(("intra-", "inter-")) else "no blocks"
+        names = f"| `{system}` |", f"| `{system.removeprefix('hymba-')}`: ", blocks
+        found = [line for line in lines if any(name in line for name in names)]
+        assert found or system == "transformer-experts", system
+        numbers = [f"{loss:.3f}" for loss in (study.mean_loss([first, *others]), *figures.reach(first))]
+        numbers += [f"{figures.needle(first):.2f}", f"{figures.cache_mb(first):.1f}"]
+        for number in numbers:
+            assert all(re.search(rf"\| {number}[* (|]", line) for line in found), (system, number)
+    means = {f"{study.mean_loss(rows):.3f}" for rows in ranked.values()}
+    front = (ROOT / "README.md").read_text().partition("| system | blocks |")[2].partition("\n\n")[0].splitlines()[2:]
+    assert len(front) > 5 and {line.split(" | ")[2].strip("*") for line in front} <= means
 
 
 def test_speeds_are_those_on_one_device():
