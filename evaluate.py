@@ -12,7 +12,7 @@ Measure models: python evaluate.py TASK --init_from=FOLDER [FOLDER ...] [--flag=
 FOLDER is what sample.py takes: a run's folder, a checkpoint, or the name of a model on huggingface.co. Text is the
 validation split of the data set that a model was trained on, unless --dataset or --text says otherwise. Each
 task prints a table, and writes FOLDER_TASK.json and a picture FOLDER_TASK.png that compares the models, beside the
-first folder.
+first folder (FOLDER_TASK_2 if these are there).
 
 Every task is a function of a model, which returns what stands in the JSON file. Letters are the ones of model.py.
 """
@@ -22,6 +22,7 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported ends without a traceback
 
+import itertools
 import json
 import math
 import re
@@ -77,9 +78,10 @@ def open_text(folder: Path | str, split: str = "val", command: str = "") -> tupl
 
 
 def read_text(path: Path, tokenizer: Tokenizer) -> Text:
-    """A text file, or all text files of a folder. Raises OSError, or ValueError if the file is not UTF-8."""
+    """A text file, or all text files of a folder but hidden ones. Raises OSError, or ValueError if the file is not
+    UTF-8."""
     parts = []
-    for file in sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]:
+    for file, _ in prepare.find_files([str(path)], False, Path("data").resolve())[0]:
         try:
             parts.append(file.read_bytes().decode("utf-8"))
         except UnicodeDecodeError as e:
@@ -212,6 +214,30 @@ def likelihoods(engine: Engine, prompts: Tensor, answers: Tensor) -> tuple[Tenso
     return torch.stack(scores, 1), torch.stack(greedy, 1)
 
 
+def needle_tokens(tokenizer: Tokenizer, fact: str, rng: np.random.Generator) -> tuple[list[int], list[int], np.ndarray]:
+    """Tokens of the question, of what ends the fact behind its code, and of a thousand codes (1000, L)."""
+    before, _, after = fact.partition("{}")
+    lead = before[len(before.rstrip()) :]  # goes with the code: a space belongs to the token behind it
+    question, end = (encode_piece(tokenizer, u) for u in ("\n" + before.rstrip(), after + "\n"))
+    return question, end, codes(tokenizer, rng, 1000, lead)
+
+
+def needle_lengths(
+    tokenizer: Tokenizer, text: Text, lengths: list[int] | None, fact: str, block_size: int
+) -> list[int]:
+    """The lengths that can be had of the text: those asked for, or up to 4 times block_size. Raises ValueError if one
+    is too short for fact and question, or the text is for it."""
+    question, end, pool = needle_tokens(tokenizer, fact, np.random.default_rng(0))
+    need = len(tokenizer.encode_ordinary("")) + 2 * (len(question) + pool.shape[1]) + len(end)
+    most = need + len(text.tokens) - 1
+    usual = [int(block_size * share) for share in (0.25, 0.5, 1, 1.5, 2, 3, 4)]
+    lengths = list(dict.fromkeys(lengths)) if lengths else [length for length in usual if need <= length <= most]
+    if not lengths or not need <= min(lengths) <= max(lengths) <= most:
+        raise ValueError(f"--lengths: fact and question need {need} tokens at least, and there is text for {most:,}")
+    return lengths
+
+
+@torch.no_grad()
 def needle(
     model: Hymba, tokenizer: Tokenizer, text: Text, lengths: list[int] | None = None,
     depths: tuple[float, ...] = (0, 0.25, 0.5, 0.75, 1), n: int = 16, fact: str = "The pass key is {}.",
@@ -225,17 +251,10 @@ def needle(
     share that is likelier than choices - 1 other codes, 1 / choices by chance; `loss`, nats of the right code.
     """
     engine, device, rng = Engine(model), model.embed.weight.device, np.random.default_rng(0)
-    before, _, after = fact.partition("{}")
-    lead = before[len(before.rstrip()) :]  # goes with the code: a space belongs to the token behind it
-    question, end = (encode_piece(tokenizer, u) for u in ("\n" + before.rstrip(), after + "\n"))
+    lengths = needle_lengths(tokenizer, text, lengths, fact, model.config.block_size)
+    question, end, pool = needle_tokens(tokenizer, fact, rng)
     begin = tokenizer.encode_ordinary("")  # what begins every text, if anything
-    pool = codes(tokenizer, rng, 1000, lead)  # (1000, L)
     need = len(begin) + 2 * (len(question) + pool.shape[1]) + len(end)
-    most = need + len(text.tokens) - 1
-    usual = [int(model.config.block_size * share) for share in (0.25, 0.5, 1, 1.5, 2, 3, 4)]
-    lengths = lengths or [length for length in usual if need <= length <= most]
-    if not lengths or not need <= min(lengths) <= max(lengths) <= most:
-        raise ValueError(f"--lengths: fact and question need {need} tokens at least, and there is text for {most:,}")
     result = {name: np.zeros((len(depths), len(lengths))) for name in ("greedy", "choice", "loss")}
     cells = [(i, j) for j in range(len(lengths)) for i in range(len(depths))]
     for i, j in tqdm(cells, desc="needle", unit="cell", leave=False, disable=None):
@@ -342,11 +361,18 @@ def open_inputs(args: Namespace, name: str) -> tuple[Path, Tokenizer | None, dic
     texts = {} if args.task == "harness" else texts_of(args, folder, tokenizer)
     if args.task == "recall" and any(text.record == 1 for text in texts.values()):
         raise ValueError(f"{', '.join(texts)}: no data set of recall.py, whose --help says how to train on one")
-    least = args.length or checkpoint.read_config(folder)[2].block_size
+    block_size = checkpoint.read_config(folder)[2].block_size
+    least = args.length or block_size
     for path, text in texts.items():
         if not len(text.tokens):
             raise ValueError(f"{path} has no text")
-        if args.task != "needle" and len(text.tokens) <= least:
+        if args.length and text.record > 1:
+            raise ValueError(f"--length={args.length}: {path} has records, which are read whole: leave it out")
+        if 0 < args.longest <= least:
+            raise ValueError(f"--longest={args.longest}: must be more than a window of {folder}, {least:,}")
+        if args.task == "needle":
+            needle_lengths(tokenizer, text, numbers(args.lengths), args.needle, block_size)
+        elif len(text.tokens) <= least:
             raise ValueError(
                 f"{path} has {len(text.tokens):,} tokens, too few for windows of {least:,}: lower --length"
             )
@@ -362,15 +388,22 @@ def measure(args: Namespace, model: Hymba, tokenizer: Tokenizer | None, texts: d
     if args.task == "recall":
         return recall(model, text, n)
     if args.task == "needle":
-        lengths = [int(u) for u in args.lengths.split(",")] if args.lengths else None
-        return needle(model, tokenizer, text, lengths, n=args.trials, fact=args.needle)
+        return needle(model, tokenizer, text, numbers(args.lengths), n=args.trials, fact=args.needle)
     if args.task == "heads":
         result = {"loss": heads(model, lambda m: np.nanmean(losses(m, text, length, n), axis=1))}
         return result | ({"recall": heads(model, lambda m: recall(m, text, n)["accuracy"])} if text.record > 1 else {})
     if args.task == "attention":
         return {"texts": {name: attention(model, text, length, n) for name, text in texts.items()}}
     options = dict(length=length, limit=args.limit, shots=args.shots, include=args.include)
-    return {"tasks": harness.results(model, tokenizer, args.tasks.replace(" ", "").split(","), **options)}
+    return {"tasks": harness.results(model, tokenizer, task_names(args.tasks), **options)}
+
+
+def numbers(text: str | None) -> list[int] | None:
+    return [int(u) for u in text.split(",")] if text else None
+
+
+def task_names(text: str) -> list[str]:
+    return [name for name in text.replace(" ", "").split(",") if name]
 
 
 def check_arguments(args: Namespace, names: list[str], defaults: Namespace) -> None:
@@ -387,6 +420,8 @@ def check_arguments(args: Namespace, names: list[str], defaults: Namespace) -> N
             raise ValueError(f"--{name}={value}: must be {least} or more")
     if len(args.text) > 1 and args.task in ("needle", "heads"):
         raise ValueError(f"--text: the task {args.task} takes one text")
+    if args.text and args.dataset:
+        raise ValueError("give --text or --dataset, not both")
     for path in args.text:
         if not path.exists():
             raise FileNotFoundError(f"no file or folder {path}")
@@ -403,17 +438,23 @@ def check_arguments(args: Namespace, names: list[str], defaults: Namespace) -> N
             raise ValueError("the task harness needs names: --tasks=piqa,lambada_openai")
         if args.include and not Path(args.include).is_dir():
             raise FileNotFoundError(f"no folder {args.include}")
+        harness.task_manager(task_names(args.tasks), args.include)  # raises ValueError if a task is unknown
     if args.out and args.out.suffix != ".json":
         raise ValueError(f"--out={args.out}: give the name of a .json file")
 
 
 def output(args: Namespace, first: str) -> Path:
-    """The JSON file to write, in a folder where that can be done. Raises ValueError or OSError."""
+    """The JSON file to write, in a folder where that can be done: --out, which may replace results but no other file,
+    or a new one. Raises ValueError or OSError."""
     folder = Path(first) if Path(first).name not in ("", "..") else Path(first).resolve()  # "." has a name, too
-    out = args.out or (folder.parent if folder.exists() else Path()) / f"{folder.name}_{args.task}.json"
+    usual = (folder.parent if folder.exists() else Path()) / f"{folder.name}_{args.task}"
+    names = (usual.with_name(f"{usual.name}{f'_{n}' if n > 1 else ''}.json") for n in itertools.count(1))
+    out = args.out or next(name for name in names if not name.exists())
     check_folders(out.parent)
-    if out.is_dir():
-        raise ValueError(f"{out} is a folder: give the name of another .json file, --out=FILE")
+    if there := next((file for file in (out, out.with_suffix(".png")) if file.is_dir()), None):
+        raise ValueError(f"{there} is a folder: give the name of another .json file, --out=FILE")
+    if out.exists() and "models" not in read_json(out):
+        raise ValueError(f"{out} is not of evaluate.py: give the name of another file, --out=FILE")
     out.parent.mkdir(parents=True, exist_ok=True)
     with naming(out), tempfile.TemporaryFile(dir=out.parent):
         return out
@@ -424,7 +465,7 @@ def main(argv: list[str]) -> None:
     add = parser.add_argument
     add("task", choices=TASKS, help="what to measure")
     add("more", nargs="*", metavar="FOLDER", help="more models")
-    add("--init_from", help="folder, or name on huggingface.co")
+    add("--init_from", action="append", default=[], help="folder, or name on huggingface.co")
     add("--out", type=Path, help="the JSON file; the picture has its name [beside the first folder]")
     add("--dataset", help="measure on its validation split [the data set that the model was trained on]")
     add("--data_dir", help="where data sets live [where it was, or data]")
@@ -445,7 +486,7 @@ def main(argv: list[str]) -> None:
     add("--dtype", choices=["float32", "bfloat16"], help="of the weights [bfloat16 on cuda, else the checkpoint's]")
     add("--kernels", choices=["True", "False"], default="True", help="Triton kernels on a GPU [True]")
     args, defaults = parser.parse_intermixed_args(argv), parser.parse_intermixed_args([TASKS[0]])
-    names = [args.init_from, *args.more] if args.init_from else args.more
+    names = [*args.init_from, *args.more]
     check_arguments(args, names, defaults)
     inputs = {name: open_inputs(args, name) for name in names}
     if args.kernels == "False":

@@ -293,7 +293,7 @@ def draw_later(ax, done: dict) -> None:
 def draw_heads(ax, done: dict, kind: str) -> None:
     """After four epochs, what removing the heads of one kind from one block costs."""
     for system, row in later(done)["four epochs"].items():
-        changes = [math.nan if change is None else change for change in row["heads"][kind]]
+        changes = pictures.numbers(row["heads"][kind])
         if not all(map(math.isnan, changes)):
             ax.plot(range(1, len(changes) + 1), changes, "o-", color=COLORS[system], label=system)
     what = {"attn": "attention", "ssm": "SSM heads"}[kind]

@@ -127,19 +127,26 @@ def continue_until(
     return [min((text.partition(end)[0] for end in ends), key=len, default=text) for text in texts]
 
 
+def task_manager(tasks: list[str], include: str | None = None):
+    """The harness's own, of its tasks and those in a folder. Raises ValueError if it does not know one of `tasks`."""
+    check_installed()
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=include)
+    if unknown := [task for task in tasks if not manager.match_tasks([task])]:
+        raise ValueError(f"--tasks: lm-evaluation-harness knows no {', '.join(unknown)}; lm-eval ls tasks names all")
+    return manager
+
+
 def results(
     model: Hymba, tokenizer: Tokenizer, tasks: list[str], length: int = 0, limit: int | None = None,
     shots: int | None = None, include: str | None = None,
 ) -> dict:  # fmt: skip
     """What the harness says of its tasks, called by name: {task: {metric: value}}. limit: documents of each task;
     shots: examples in front of each; include: a folder with tasks of your own. ValueError for an unknown task."""
-    model_here = adapter(model, tokenizer, length)
+    model_here, manager = adapter(model, tokenizer, length), task_manager(tasks, include)
     from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=include)
-    if unknown := [task for task in tasks if not manager.match_tasks([task])]:
-        raise ValueError(f"--tasks: lm-evaluation-harness knows no {', '.join(unknown)}; lm-eval ls tasks names all")
     options = dict(num_fewshot=shots, limit=limit, task_manager=manager, bootstrap_iters=1000, log_samples=False)
     found = simple_evaluate(model_here, tasks=tasks, **options)["results"]
     return {

@@ -76,6 +76,11 @@ def print_table(rows: list[dict]) -> None:
         print("| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |")
 
 
+def numbers(values: list[float | None]) -> list[float]:
+    """NaN, which is not drawn, for what there is not."""
+    return [math.nan if value is None else value for value in values]
+
+
 def loss_rows(r: dict) -> Iterator[dict]:
     for text, u in r["texts"].items():
         numbers = {key: u[key] for key in ("loss", "error", "perplexity", "bits_per_byte")}
@@ -91,15 +96,26 @@ def middles(edges: list[int], n: int) -> np.ndarray:
 
 
 def draw_loss(plt, models: dict[str, dict]) -> None:
+    """In nats against tokens, or where models with different tokenizers read a text, in bits against bytes."""
     _, ax = plt.subplots(figsize=(7, 4))
-    one = len({text for r in models.values() for text in r["texts"]}) == 1
-    for name, r in models.items():
-        for text, u in r["texts"].items():
-            label = name if one else f"{name}, {text}"
-            errors = [error or 0 for error in u["by_position_error"]]
-            ax.errorbar(middles(u["edges"], len(errors)), u["by_position"], errors, label=label, capsize=2)
-            ax.axvline(u["length"], color="0.8")
-    ax.set(xscale="log", xlabel="tokens read", ylabel="nats per token")
+    shown = [(name, text, u) for name, r in models.items() for text, u in r["texts"].items()]
+    sizes = {}  # by text, bytes of a token
+    for _, text, u in shown:
+        sizes.setdefault(text, set()).add(u["bits_per_byte"] and round(u["loss"] / math.log(2) / u["bits_per_byte"], 6))
+    bits = any(len(size) > 1 for size in sizes.values()) and all(u["bits_per_byte"] for *_, u in shown)
+    for name, text, u in shown:
+        label = name if len(sizes) == 1 else f"{name}, {text}"
+        y = u["bits_per_byte"] / u["loss"] if bits else 1.0
+        x = 1 / math.log(2) / y if bits else 1.0
+        if u["by_position"]:
+            errors = np.array(numbers(u["by_position_error"]))
+            where = x * middles(u["edges"], len(errors))
+            ax.errorbar(where, y * np.array(u["by_position"]), y * errors, label=label, capsize=2)
+            ax.axvline(x * u["length"], color="0.8")
+        else:  # of records
+            ax.plot(u["length"], u["loss"], "o", label=label)
+    names = {"xlabel": "bytes read", "ylabel": "bits per byte"} if bits else {}
+    ax.set(xscale="log", **({"xlabel": "tokens read", "ylabel": "nats per token"} | names))
     ax.legend()
 
 
@@ -110,7 +126,7 @@ def recall_rows(r: dict) -> Iterator[dict]:
 def draw_recall(plt, models: dict[str, dict]) -> None:
     _, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     for name, r in models.items():
-        accuracies, errors = ([u[key] or 0 for u in r["pairs"].values()] for key in ("accuracy", "error"))
+        accuracies, errors = (numbers([u[key] for u in r["pairs"].values()]) for key in ("accuracy", "error"))
         left.errorbar(list(map(int, r["pairs"])), accuracies, errors, marker="o", capsize=2, label=name)
         right.plot(r["cache_bytes"], r["accuracy"], "o", label=name)
     left.set_xscale("log", base=2), left.xaxis.set_major_formatter("{x:.0f}")
@@ -151,7 +167,7 @@ def draw_heads(plt, models: dict[str, dict]) -> None:
         for ax, what in zip(column, whats, strict=True):
             for shift, kind in ((-0.2, "attn"), (0.2, "ssm")):
                 u = r.get(what, {kind: [], f"{kind}_error": []})
-                changes, errors = ([x or 0 for x in u[key]] for key in (kind, f"{kind}_error"))
+                changes, errors = (numbers(u[key]) for key in (kind, f"{kind}_error"))
                 ax.bar(np.arange(len(changes)) + shift, changes, 0.4, yerr=errors, capsize=2, label=f"without {kind}")
             ax.set(xticks=range(len(r["pattern"])), xticklabels=r["pattern"], title=name, ylabel=f"change of {what}")
     axes[0, 0].legend()
@@ -166,10 +182,12 @@ def attention_rows(r: dict) -> Iterator[dict]:
 
 
 def draw_attention(plt, models: dict[str, dict]) -> None:
-    """Of the first text: shares, magnitudes, memory lengths; of all texts, the share of each meta token."""
+    """Of the first text: shares, magnitudes, memory lengths; of all texts, the share of each meta token, a mean over
+    blocks."""
     _, axes = plt.subplots(len(models), 4, figsize=(18, 3.5 * len(models)), squeeze=False)
     for (shares, sizes, memory, meta), (name, r) in zip(axes, models.items(), strict=True):
-        blocks, x = next(iter(r["texts"].values()))["blocks"], np.arange(len(r["pattern"]))
+        text, x = next(iter(r["texts"])), np.arange(len(r["pattern"]))
+        blocks, where = r["texts"][text]["blocks"], f", {Path(text).name}" if len(r["texts"]) > 1 else ""
         bottom = np.zeros(len(blocks))
         for kind in ("meta", "first", "self", "others"):
             values = np.array([b["share"][kind] if b["share"] else 0 for b in blocks])
@@ -178,8 +196,7 @@ def draw_attention(plt, models: dict[str, dict]) -> None:
         for kind, colour in (("attn", "C0"), ("ssm", "C1")):
             for key, label, style in ((kind, kind, "o-"), (f"{kind}_branch_norm", f"{kind}, normed", ".:")):
                 if any(b[key] is not None for b in blocks):
-                    values = [math.nan if b[key] is None else b[key] for b in blocks]
-                    sizes.plot(x, values, style, color=colour, label=label)
+                    sizes.plot(x, numbers([b[key] for b in blocks]), style, color=colour, label=label)
         there = [i for i, b in enumerate(blocks) if b["memory"]]
         low, median, high = ([blocks[i]["memory"][p] for i in there] for p in ("10%", "50%", "90%"))
         memory.plot(there, median, "o", label="median of the states")
@@ -189,16 +206,17 @@ def draw_attention(plt, models: dict[str, dict]) -> None:
             (sizes, "output, root mean square"),
             (memory, "memory, tokens"),
         ):
-            ax.set(xticks=x, xticklabels=r["pattern"], title=title)
-            ax.legend(fontsize=7)
-        shares.set(ylabel=name), sizes.set(yscale="log"), memory.set(yscale="log" if there else "linear")
+            ax.set(xticks=x, xticklabels=r["pattern"], title=title + where)
+            ax.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.08))
+        (shares if bottom.any() else sizes).set(ylabel=name)
+        sizes.set(yscale="log"), memory.set(yscale="log" if there else "linear")
         lines = {t: [b["meta"] for b in u["blocks"] if b["meta"]] for t, u in r["texts"].items()}
         means = [np.mean(line, axis=0) for line in lines.values() if line]
         if means:
-            meta.imshow(means, aspect="auto")
+            plt.colorbar(meta.imshow(means, aspect="auto", vmin=0), ax=meta)
         names = [Path(text).name for text, line in lines.items() if line]
-        meta.set(yticks=range(len(means)), yticklabels=names, title="share of each meta token")
-        for ax, drawn in ((memory, there), (meta, means)):
+        meta.set(yticks=range(len(means)), yticklabels=names, title="share of each meta token", xlabel="meta token")
+        for ax, drawn in ((shares, bottom.any()), (memory, there), (meta, means)):
             ax.set_visible(bool(drawn))
 
 
@@ -213,11 +231,15 @@ def draw_harness(plt, models: dict[str, dict]) -> None:
     known, shown = ("acc_norm", "acc", "exact_match"), {}
     for name, r in models.items():
         named = {task: {key.split(",")[0]: value for key, value in u.items()} for task, u in r["tasks"].items()}
-        shown[name] = {task: next((u[key] for key in known if key in u), math.nan) for task, u in named.items()}
-    tasks = list(dict.fromkeys(task for u in shown.values() for task, value in u.items() if not math.isnan(value)))
+        kinds = {task: next((key for key in known if key in u), None) for task, u in named.items()}
+        shown[name] = {
+            f"{task}\n{key}": (named[task][key], named[task].get(f"{key}_stderr")) for task, key in kinds.items() if key
+        }
+    tasks = list(dict.fromkeys(task for u in shown.values() for task in u))
     for i, (name, u) in enumerate(shown.items()):
-        values = [u.get(task, math.nan) for task in tasks]
-        ax.bar(np.arange(len(tasks)) + 0.8 * i / len(models), values, 0.8 / len(models), label=name)
+        values, errors = (numbers([u.get(task, (None, None))[k] for task in tasks]) for k in (0, 1))
+        at = np.arange(len(tasks)) + 0.8 * (i - (len(models) - 1) / 2) / len(models)
+        ax.bar(at, values, 0.8 / len(models), yerr=errors, capsize=2, label=name)
     ax.set(xticks=range(len(tasks)), xticklabels=tasks, ylabel="accuracy")
     ax.legend()
 

@@ -525,7 +525,7 @@ def main(argv: list[str]) -> None:
         raise ValueError("--text: results have a text's name without its folder, and two have the same")
     check_folders(args.results)
     results = args.results / "runs.jsonl"
-    if args.figures and not args.minutes and not results.exists():
+    if args.figures and not args.minutes and not (results.exists() and results.stat().st_size):
         raise FileNotFoundError(f"no results in {results}: --minutes=9 makes some")
     if args.minutes:
         args.results.mkdir(parents=True, exist_ok=True)

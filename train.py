@@ -317,8 +317,9 @@ def train_step(run: Run, step: int) -> Tensor:
     return torch.stack([loss, norm.to(run.device)])
 
 
-def evaluate(run: Run) -> tuple[float, float]:
-    """Validation loss in nats per token and in bits per byte, over evenly spaced windows.
+def evaluate(run: Run) -> tuple[float, float | None]:
+    """Validation loss in nats per token and in bits per byte (None if tokens stand for no text), over evenly spaced
+    windows.
 
     What was compiled for training is used here, too: without gradients, it would have to be compiled anew.
     """
@@ -338,8 +339,8 @@ def evaluate(run: Run) -> tuple[float, float]:
     loss = (total[0] / total[1]).item()
     if not math.isfinite(loss):
         raise FloatingPointError(f"validation loss {loss} at step {run.step}: try a lower learning_rate")
-    size = run.data.meta["val"]
-    return loss, loss / math.log(2) * size["tokens"] / size["bytes"]
+    size, is_text = run.data.meta["val"], run.data.meta["tokenizer"] != "none"
+    return loss, loss / math.log(2) * size["tokens"] / size["bytes"] if is_text else None
 
 
 def save(run: Run, name: str) -> None:
@@ -444,7 +445,8 @@ def train(run: Run, received: list[int]) -> bool:
             val_loss, bpb = evaluate(run)
             write_metrics(run, {"step": done, "val_loss": val_loss, "val_bpb": bpb})
             if run.rank == 0:
-                tqdm.write(f"step {done}: validation loss {val_loss:.4f}, {bpb:.4f} bits per byte")
+                also = "" if bpb is None else f", {bpb:.4f} bits per byte"
+                tqdm.write(f"step {done}: validation loss {val_loss:.4f}{also}")
             if val_loss < run.best:
                 run.best = val_loss
                 names.append("best")

@@ -327,12 +327,16 @@ def test_loss_command(runs, capsys):
     assert model["texts"]["words"]["length"] == 24 and model["texts"]["words"]["edges"][-1] == 8 * 24 + 1
     assert printed.splitlines()[0].startswith("| model") and f"{model['texts']['words']['loss']:.4f}" in printed
     assert (runs / "out/a_loss.json").is_file()
+    again, _ = run(capsys, "loss", f"--init_from={a}", f"--init_from={b}", "--tokens=200")
+    assert json.loads((runs / "out/a_loss.json").read_text()) == result  # nothing is replaced
+    assert json.loads((runs / "out/a_loss_2.json").read_text()) == again and list(again["models"]) == [str(a), str(b)]
     if importlib.util.find_spec("matplotlib"):
         assert (runs / "out/a_loss.png").stat().st_size > 5000
     text = runs / "some.txt"
     text.write_bytes("é\r\n".encode() * 100)  # 4 bytes, and as many tokens
     (runs / "folder").mkdir()
     (runs / "folder/image.png").write_bytes(b"\x89PNG")  # no text: left out
+    (runs / "folder/.hidden").write_text("hidden")
     assert len(evaluate.read_text(text, BYTES).tokens) == 400  # a file's bytes, line ends as they are
     text = text.rename(runs / "folder/some.txt").parent
     result, _ = run(capsys, "loss", b / "last", f"--text={text}", f"--out={runs / 'x/y.json'}", "--longest=100")
@@ -347,14 +351,17 @@ def test_the_validation_loss_is_training_s(runs, capsys):
     result, _ = run(capsys, "loss", runs / "out/a", "--tokens=96")
     words = result["models"][str(runs / "out/a")]["texts"]["words"]
     assert abs(words["loss"] - logged["val_loss"]) < 1e-4 and abs(words["bits_per_byte"] - logged["val_bpb"]) < 1e-4
+    logged = json.loads((runs / "out/r/metrics.jsonl").read_text().splitlines()[-1])
+    assert logged["val_loss"] > 0 and logged["val_bpb"] is None
     result, _ = run(capsys, "loss", runs / "out/r", "--tokens=96")
     assert result["models"][str(runs / "out/r")]["texts"]["recall"]["bits_per_byte"] is None  # it is no text
 
 
 def test_what_was_measured_is_not_lost(runs, capsys, monkeypatch):
     """If the second model fails, the first one's results and table are there, and no picture of another run."""
-    a, b, picture = runs / "out/a", runs / "out/b", runs / "out/a_loss.png"
+    a, b, picture = runs / "out/a", runs / "out/b", runs / "out/lost.png"
     picture.write_text("of another run")
+    (runs / "out/lost.json").write_text('{"models": {}}')  # may be replaced
     load = checkpoint.load
 
     def fails(name, *args):
@@ -365,9 +372,9 @@ def test_what_was_measured_is_not_lost(runs, capsys, monkeypatch):
     monkeypatch.setattr(checkpoint, "load", fails)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ValueError, match="b is corrupt"):
-        run(capsys, "loss", a, b, "--tokens=96")
+        run(capsys, "loss", a, b, "--tokens=96", f"--out={runs / 'out/lost.json'}")
     printed = capsys.readouterr().out
-    assert list(json.loads((runs / "out/a_loss.json").read_text())["models"]) == [str(a)]
+    assert list(json.loads((runs / "out/lost.json").read_text())["models"]) == [str(a)]
     assert str(a) in printed and "the results: " in printed and not picture.exists()
     monkeypatch.setattr(checkpoint, "load", None)
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: open("/nowhere/x"))
@@ -376,16 +383,31 @@ def test_what_was_measured_is_not_lost(runs, capsys, monkeypatch):
 
 
 def test_pictures_show_what_is_there(monkeypatch):
-    """Tasks of the harness without an accuracy are left out; texts of one name are two."""
+    """Tasks of the harness without an accuracy are left out, and each has its name below its models; texts of one name
+    are two; what there is not is not drawn as zero; models of different tokenizers have the same unit."""
     plt = pytest.importorskip("matplotlib.pyplot")
-    models = {"a": {"tasks": {"x": {"exact_match,strict-match": 0.5}, "y": {"word_perplexity": 20.0}}}}
+    tasks = {"exact_match,strict-match": 0.5, "exact_match_stderr,strict-match": 0.1}
+    models = {"a": {"tasks": {"x": tasks, "y": {"word_perplexity": 20.0}}}, "b": {"tasks": {"x": {"acc": 0.25}}}}
     pictures.draw_harness(plt, models)
-    assert [bar.get_height() for bar in plt.gca().patches] == [0.5]
-    assert [label.get_text() for label in plt.gca().get_xticklabels()] == ["x"]
+    bars = [(bar.get_x() + bar.get_width() / 2, bar.get_height()) for bar in plt.gca().patches if bar.get_height() > 0]
+    assert np.allclose(bars, [(-0.2, 0.5), (0.8 + 0.4, 0.25)])  # of two kinds, which are not compared
+    assert [label.get_text() for label in plt.gca().get_xticklabels()] == ["x\nexact_match", "x\nacc"]
+    changes = {"attn": [0.5, None], "attn_error": [None, None], "ssm": [0.25, 0.125], "ssm_error": [0.1, 0.1]}
+    pictures.draw_heads(plt, {"a": {"pattern": "HM", "loss": changes}})
+    heights = np.array([bar.get_height() for bar in plt.gca().patches])
+    assert np.allclose(heights, [0.5, math.nan, 0.25, 0.125], equal_nan=True)
     u = {"edges": [1, 4, 16], "by_position": [3.0, 2.0], "by_position_error": [0.1, None], "length": 8}
+    u |= {"bits_per_byte": None, "loss": 2.5}
     pictures.draw_loss(plt, {"a": {"texts": {"x": u}}, "b": {"texts": {"y": u}}})
     assert [text.get_text() for text in plt.gca().get_legend().get_texts()] == ["a, x", "b, y"]
-    assert np.allclose(plt.gca().lines[0].get_xdata(), [3**0.5, 60**0.5])
+    assert np.allclose(plt.gca().lines[0].get_xdata(), [3**0.5, 60**0.5]) and plt.gca().get_xlabel() == "tokens read"
+    few, many = (u | {"bits_per_byte": 2.5 / math.log(2) / size} for size in (1, 2))  # by bytes of a token
+    pictures.draw_loss(plt, {"a": {"texts": {"x": few}}, "b": {"texts": {"x": many}}})
+    a, b = (bars[0].get_xydata() for bars in plt.gca().containers)
+    assert np.allclose(b, a * [2, 0.5]) and np.allclose(a[:, 1], np.array([3, 2]) / math.log(2))
+    assert plt.gca().get_xlabel() == "bytes read" and plt.gca().get_ylabel() == "bits per byte"
+    pictures.draw_loss(plt, {"a": {"texts": {"x": u | {"by_position": [], "by_position_error": []}}}})
+    assert [line.get_xydata().tolist() for line in plt.gca().lines] == [[[8, 2.5]]]  # of records
     row = next(
         pictures.loss_rows({"texts": {"x": u | dict.fromkeys(["loss", "error", "perplexity", "bits_per_byte"])}})
     )
@@ -422,7 +444,7 @@ def test_other_commands(runs, capsys, monkeypatch, task):
         assert list(first["pairs"]) == ["2", "4"] and len(rows) == 2 + 1
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     _, printed = run(capsys, task, *flags)
-    assert f"no {picture.name}: pip install matplotlib to get one" in printed and not picture.exists()
+    assert f"no {picture.stem}_2.png: pip install matplotlib to get one" in printed and not picture.exists()
 
 
 def test_what_is_wrong_is_said_first(runs, corpus, tmp_path, monkeypatch):
@@ -452,6 +474,11 @@ def test_what_is_wrong_is_said_first(runs, corpus, tmp_path, monkeypatch):
         (["loss", a, "--dataset=none"], "no data set at"),
         (["loss", tmp_path / "nothing"], "does not say what it was trained on: pass --text=FILE or --dataset=NAME"),
         (["loss", tmp_path / "other"], "has other tokens than .*: prepare it with that tokenizer, or pass --text"),
+        (["loss", a, f"--out={a / 'best/config.json'}"], "config.json is not of evaluate.py: give the name of another"),
+        (["loss", a, "--dataset=words", f"--text={latin}"], "give --text or --dataset, not both"),
+        (["loss", r, "--length=8"], "recall has records, which are read whole"),
+        (["loss", a, "--longest=24"], "--longest=24: must be more than a window of .*, 24"),
+        (["needle", a, "--lengths=20,80"], "--lengths: fact and question need .* tokens at least"),
         (["loss", a, "--out=x.txt"], "--out=x.txt: give the name of a .json file"),
         (["recall", a], "words: no data set of recall.py"),
         (["needle", r], "its tokens stand for no text"),

@@ -75,6 +75,8 @@ def test_tasks_in_files(tasks):
     assert found["local_writing"]["exact_match"] == 0
     with pytest.raises(ValueError, match="lm-evaluation-harness knows no nothing_here"):
         harness.results(model, tokenizer, ["nothing_here"], include=str(tasks))
+    with pytest.raises(ValueError, match="knows no nothing_here;"):  # before a folder is looked for
+        evaluate.main(["harness", "nowhere", "--tasks=nothing_here,", f"--include={tasks}"])
 
 
 def request(*args):

@@ -400,6 +400,9 @@ def test_tables_and_pictures(tmp_path, capsys):
     for message, args in (wrong | {"no file or folder none": ["--minutes=1", "--text=none"]}).items():
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             study.main([*args, f"--results={tmp_path}"])
+    results.write_text("")
+    with pytest.raises(FileNotFoundError, match="no results in"):
+        study.main(["--figures", f"--results={tmp_path}"])
     results.write_text('{"scale": 3}\n')
     with pytest.raises(ValueError, match="runs.jsonl, line 1"):
         study.main(["--list", f"--results={tmp_path}"])
