@@ -81,7 +81,8 @@ def read_text(path: Path, tokenizer: Tokenizer) -> Text:
     """A text file, or all text files of a folder but hidden ones. Raises OSError, or ValueError if the file is not
     UTF-8."""
     parts = []
-    for file, _ in prepare.find_files([str(path)], False, Path("data").resolve())[0]:
+    shown = lambda file: not any(part.startswith(".") for part in file.relative_to(path).parts)  # noqa: E731
+    for file in sorted(f for f in path.rglob("*") if f.is_file() and shown(f)) if path.is_dir() else [path]:
         try:
             parts.append(file.read_bytes().decode("utf-8"))
         except UnicodeDecodeError as e:
@@ -237,7 +238,6 @@ def needle_lengths(
     return lengths
 
 
-@torch.no_grad()
 def needle(
     model: Hymba, tokenizer: Tokenizer, text: Text, lengths: list[int] | None = None,
     depths: tuple[float, ...] = (0, 0.25, 0.5, 0.75, 1), n: int = 16, fact: str = "The pass key is {}.",
@@ -366,12 +366,15 @@ def open_inputs(args: Namespace, name: str) -> tuple[Path, Tokenizer | None, dic
     for path, text in texts.items():
         if not len(text.tokens):
             raise ValueError(f"{path} has no text")
-        if args.length and text.record > 1:
-            raise ValueError(f"--length={args.length}: {path} has records, which are read whole: leave it out")
+        if text.record > 1 and (args.length or args.longest):
+            raise ValueError(f"--length, --longest: {path} has records, which are read whole: leave them out")
         if 0 < args.longest <= least:
             raise ValueError(f"--longest={args.longest}: must be more than a window of {folder}, {least:,}")
         if args.task == "needle":
-            needle_lengths(tokenizer, text, numbers(args.lengths), args.needle, block_size)
+            try:
+                needle_lengths(tokenizer, text, numbers(args.lengths), args.needle, block_size)
+            except ValueError as e:
+                raise ValueError(f"{folder}, {path}: {e}") from None
         elif len(text.tokens) <= least:
             raise ValueError(
                 f"{path} has {len(text.tokens):,} tokens, too few for windows of {least:,}: lower --length"
@@ -434,27 +437,34 @@ def check_arguments(args: Namespace, names: list[str], defaults: Namespace) -> N
             raise ValueError(f"--lengths={args.lengths}: write numbers with commas between them")
     if args.task == "harness":
         harness.check_installed()
-        if not args.tasks:
+        if not task_names(args.tasks or ""):
             raise ValueError("the task harness needs names: --tasks=piqa,lambada_openai")
         if args.include and not Path(args.include).is_dir():
             raise FileNotFoundError(f"no folder {args.include}")
-        harness.task_manager(task_names(args.tasks), args.include)  # raises ValueError if a task is unknown
     if args.out and args.out.suffix != ".json":
         raise ValueError(f"--out={args.out}: give the name of a .json file")
 
 
+def is_result(file: Path) -> bool:
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and {"task", "flags", "models"} <= found.keys()
+
+
 def output(args: Namespace, first: str) -> Path:
-    """The JSON file to write, in a folder where that can be done: --out, which may replace results but no other file,
-    or a new one. Raises ValueError or OSError."""
+    """The JSON file to write, in a folder where that can be done: --out, which may replace results and their picture
+    but no other file, or a new one. Raises ValueError or OSError."""
     folder = Path(first) if Path(first).name not in ("", "..") else Path(first).resolve()  # "." has a name, too
     usual = (folder.parent if folder.exists() else Path()) / f"{folder.name}_{args.task}"
     names = (usual.with_name(f"{usual.name}{f'_{n}' if n > 1 else ''}.json") for n in itertools.count(1))
-    out = args.out or next(name for name in names if not name.exists())
+    out = args.out or next(name for name in names if not (name.exists() or name.with_suffix(".png").exists()))
     check_folders(out.parent)
     if there := next((file for file in (out, out.with_suffix(".png")) if file.is_dir()), None):
         raise ValueError(f"{there} is a folder: give the name of another .json file, --out=FILE")
-    if out.exists() and "models" not in read_json(out):
-        raise ValueError(f"{out} is not of evaluate.py: give the name of another file, --out=FILE")
+    if other := next((file for file in (out, out.with_suffix(".png")) if file.exists() and not is_result(out)), None):
+        raise ValueError(f"{other} is not of evaluate.py: give the name of another file, --out=FILE")
     out.parent.mkdir(parents=True, exist_ok=True)
     with naming(out), tempfile.TemporaryFile(dir=out.parent):
         return out
@@ -465,7 +475,7 @@ def main(argv: list[str]) -> None:
     add = parser.add_argument
     add("task", choices=TASKS, help="what to measure")
     add("more", nargs="*", metavar="FOLDER", help="more models")
-    add("--init_from", action="append", default=[], help="folder, or name on huggingface.co")
+    add("--init_from", action="append", default=[], help="folder, or name on huggingface.co; can be repeated")
     add("--out", type=Path, help="the JSON file; the picture has its name [beside the first folder]")
     add("--dataset", help="measure on its validation split [the data set that the model was trained on]")
     add("--data_dir", help="where data sets live [where it was, or data]")
@@ -489,6 +499,8 @@ def main(argv: list[str]) -> None:
     names = [*args.init_from, *args.more]
     check_arguments(args, names, defaults)
     inputs = {name: open_inputs(args, name) for name in names}
+    if args.task == "harness":
+        harness.known_tasks(task_names(args.tasks), args.include)
     if args.kernels == "False":
         ops.use_kernels(False)
     device, out, models = pick_device(args.device), output(args, names[0]), {}

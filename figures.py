@@ -116,7 +116,8 @@ def markdown(lines: list[list[str]]) -> str:
 
 def table(done: dict) -> str:
     """A line for each system with an epoch: the means of loss (and half its confidence interval), bits per byte and
-    recall over seeds, speeds on one device, the loss at the other rate, and what else is known of the first seed."""
+    recall over seeds, the needle of each, speeds on one device, the loss at the other rate, and what else is known of
+    the first seed."""
     halves, speeds = half_intervals(done), timed(done)
     heads = ["system", "pattern", "seeds", "loss", "+/-", "bits per byte", "rate", "other rate", "within", "beyond"]
     heads += ["recall", "needle", f"training, tokens/s ({device_of(speeds)})", "decoding, tokens/s", "cache, MB"]
@@ -129,7 +130,7 @@ def table(done: dict) -> str:
         cells += [f"{first['learning_rate']:g}"]
         cells += [", ".join(f"{r['val_loss']:.3f} at {r['learning_rate']:g}" for r in others)]
         cells += [*(f"{loss:.3f}" for loss in reach(first)), f"{mean_recall(recall):.2f}" if recall else ""]
-        cells += [f"{needle(first):.2f}"]
+        cells += [", ".join(f"{needle(row):.2f}" for row in rows if "needle" in row)]
         cells += [f"{v:,.0f}" if (v := speed.get(f"{name}tokens_per_s")) else "" for name in ("", "decode_")]
         lines.append([*cells, f"{cache_mb(first):.1f}"])
     return markdown(lines)

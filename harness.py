@@ -8,6 +8,7 @@ The harness downloads its tasks' data, unless --include names a folder with task
 """
 
 import importlib.util
+from functools import cache
 from itertools import groupby
 
 import torch
@@ -127,15 +128,21 @@ def continue_until(
     return [min((text.partition(end)[0] for end in ends), key=len, default=text) for text in texts]
 
 
-def task_manager(tasks: list[str], include: str | None = None):
-    """The harness's own, of its tasks and those in a folder. Raises ValueError if it does not know one of `tasks`."""
+@cache  # reading all of its tasks takes seconds
+def task_manager(include: str | None = None):
+    """The harness's own, of its tasks and those in a folder."""
     check_installed()
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=include)
+    return TaskManager(include_path=include)
+
+
+def known_tasks(tasks: list[str], include: str | None = None) -> list[str]:
+    """The tasks called by name or pattern. Raises ValueError if one is unknown."""
+    manager = task_manager(include)
     if unknown := [task for task in tasks if not manager.match_tasks([task])]:
         raise ValueError(f"--tasks: lm-evaluation-harness knows no {', '.join(unknown)}; lm-eval ls tasks names all")
-    return manager
+    return manager.match_tasks(tasks)
 
 
 def results(
@@ -144,11 +151,11 @@ def results(
 ) -> dict:  # fmt: skip
     """What the harness says of its tasks, called by name: {task: {metric: value}}. limit: documents of each task;
     shots: examples in front of each; include: a folder with tasks of your own. ValueError for an unknown task."""
-    model_here, manager = adapter(model, tokenizer, length), task_manager(tasks, include)
+    model_here, names = adapter(model, tokenizer, length), known_tasks(tasks, include)
     from lm_eval import simple_evaluate
 
-    options = dict(num_fewshot=shots, limit=limit, task_manager=manager, bootstrap_iters=1000, log_samples=False)
-    found = simple_evaluate(model_here, tasks=tasks, **options)["results"]
+    options = dict(num_fewshot=shots, limit=limit, bootstrap_iters=1000, log_samples=False)
+    found = simple_evaluate(model_here, tasks=names, task_manager=task_manager(include), **options)["results"]
     return {
         task: {k.removesuffix(",none"): v for k, v in values.items() if isinstance(v, int | float)}
         for task, values in found.items()

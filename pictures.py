@@ -96,15 +96,13 @@ def middles(edges: list[int], n: int) -> np.ndarray:
 
 
 def draw_loss(plt, models: dict[str, dict]) -> None:
-    """In nats against tokens, or where models with different tokenizers read a text, in bits against bytes."""
+    """In nats against tokens, or where tokens stand for different numbers of bytes, in bits against bytes."""
     _, ax = plt.subplots(figsize=(7, 4))
     shown = [(name, text, u) for name, r in models.items() for text, u in r["texts"].items()]
-    sizes = {}  # by text, bytes of a token
-    for _, text, u in shown:
-        sizes.setdefault(text, set()).add(u["bits_per_byte"] and round(u["loss"] / math.log(2) / u["bits_per_byte"], 6))
-    bits = any(len(size) > 1 for size in sizes.values()) and all(u["bits_per_byte"] for *_, u in shown)
+    sizes = {u["bits_per_byte"] and round(u["loss"] / math.log(2) / u["bits_per_byte"], 6) for *_, u in shown}
+    bits, one = len(sizes) > 1 and all(sizes), len({text for _, text, _ in shown}) == 1
     for name, text, u in shown:
-        label = name if len(sizes) == 1 else f"{name}, {text}"
+        label = name if one else f"{name}, {text}"
         y = u["bits_per_byte"] / u["loss"] if bits else 1.0
         x = 1 / math.log(2) / y if bits else 1.0
         if u["by_position"]:
@@ -170,6 +168,7 @@ def draw_heads(plt, models: dict[str, dict]) -> None:
                 changes, errors = (numbers(u[key]) for key in (kind, f"{kind}_error"))
                 ax.bar(np.arange(len(changes)) + shift, changes, 0.4, yerr=errors, capsize=2, label=f"without {kind}")
             ax.set(xticks=range(len(r["pattern"])), xticklabels=r["pattern"], title=name, ylabel=f"change of {what}")
+            ax.set(xlim=(-0.6, len(r["pattern"]) - 0.4))  # also where the first or last has no such heads
     axes[0, 0].legend()
 
 
@@ -230,11 +229,11 @@ def draw_harness(plt, models: dict[str, dict]) -> None:
     _, ax = plt.subplots(figsize=(7, 4))
     known, shown = ("acc_norm", "acc", "exact_match"), {}
     for name, r in models.items():
-        named = {task: {key.split(",")[0]: value for key, value in u.items()} for task, u in r["tasks"].items()}
-        kinds = {task: next((key for key in known if key in u), None) for task, u in named.items()}
-        shown[name] = {
-            f"{task}\n{key}": (named[task][key], named[task].get(f"{key}_stderr")) for task, key in kinds.items() if key
-        }
+        shown[name] = {}
+        for task, u in r["tasks"].items():
+            if key := next((key for kind in known for key in u if key.split(",")[0] == kind), None):
+                kind, *of = key.split(",")  # of: a filter of the answer
+                shown[name][f"{task}\n{key}"] = u[key], u.get(",".join([f"{kind}_stderr", *of]))
     tasks = list(dict.fromkeys(task for u in shown.values() for task in u))
     for i, (name, u) in enumerate(shown.items()):
         values, errors = (numbers([u.get(task, (None, None))[k] for task in tasks]) for k in (0, 1))

@@ -11,7 +11,7 @@ and device, and what came out. A GPU with enough memory trains two at a time, bu
 for. The next begins while that one is measured, so speed is taken over the last quarter of the steps. When the time is
 over, what runs is stopped: it goes on from its checkpoint in out/study/, or starts anew where there is none. Learning
 rates are tried first, for each system by itself. The two best have an epoch each, and the better one counts; variants
-take the two of the system they vary.
+take the two of the system they vary. Then come more seeds, recall, more epochs, and a larger scale.
 
 Data: python prepare.py python --site-packages --tokenizer=bpe:16384 --name=study
       python recall.py
@@ -381,7 +381,7 @@ def measure(plan: Plan, env: dict, deadline: float, texts: list[Path]) -> dict:
     position and the needle, and after the longest training heads and attention, too."""
 
     def evaluate(task: str, *options: str) -> dict:
-        out = folder(plan) / f"{task}.json"
+        out = folder(plan) / f"evaluate_{task}.json"
         ask(["evaluate.py", task, f"--init_from={folder(plan)}", f"--out={out}", *options], env, deadline)
         return next(iter(json.loads(out.read_text())["models"].values()))
 

@@ -327,9 +327,11 @@ def test_loss_command(runs, capsys):
     assert model["texts"]["words"]["length"] == 24 and model["texts"]["words"]["edges"][-1] == 8 * 24 + 1
     assert printed.splitlines()[0].startswith("| model") and f"{model['texts']['words']['loss']:.4f}" in printed
     assert (runs / "out/a_loss.json").is_file()
+    (runs / "out/a_loss_2.png").write_text("a picture")
     again, _ = run(capsys, "loss", f"--init_from={a}", f"--init_from={b}", "--tokens=200")
     assert json.loads((runs / "out/a_loss.json").read_text()) == result  # nothing is replaced
-    assert json.loads((runs / "out/a_loss_2.json").read_text()) == again and list(again["models"]) == [str(a), str(b)]
+    assert json.loads((runs / "out/a_loss_3.json").read_text()) == again and list(again["models"]) == [str(a), str(b)]
+    assert (runs / "out/a_loss_2.png").read_text() == "a picture"
     if importlib.util.find_spec("matplotlib"):
         assert (runs / "out/a_loss.png").stat().st_size > 5000
     text = runs / "some.txt"
@@ -339,6 +341,7 @@ def test_loss_command(runs, capsys):
     (runs / "folder/.hidden").write_text("hidden")
     assert len(evaluate.read_text(text, BYTES).tokens) == 400  # a file's bytes, line ends as they are
     text = text.rename(runs / "folder/some.txt").parent
+    assert len(evaluate.read_text(text, BYTES).tokens) == 400
     result, _ = run(capsys, "loss", b / "last", f"--text={text}", f"--out={runs / 'x/y.json'}", "--longest=100")
     text = result["models"][str(b / "last")]["texts"][str(text)]
     assert text["edges"][-1] == 101 and abs(text["bits_per_byte"] - text["loss"] / math.log(2)) < 1e-9
@@ -361,7 +364,7 @@ def test_what_was_measured_is_not_lost(runs, capsys, monkeypatch):
     """If the second model fails, the first one's results and table are there, and no picture of another run."""
     a, b, picture = runs / "out/a", runs / "out/b", runs / "out/lost.png"
     picture.write_text("of another run")
-    (runs / "out/lost.json").write_text('{"models": {}}')  # may be replaced
+    (runs / "out/lost.json").write_text('{"task": "loss", "flags": [], "models": {}}')  # may be replaced
     load = checkpoint.load
 
     def fails(name, *args):
@@ -386,12 +389,14 @@ def test_pictures_show_what_is_there(monkeypatch):
     """Tasks of the harness without an accuracy are left out, and each has its name below its models; texts of one name
     are two; what there is not is not drawn as zero; models of different tokenizers have the same unit."""
     plt = pytest.importorskip("matplotlib.pyplot")
-    tasks = {"exact_match,strict-match": 0.5, "exact_match_stderr,strict-match": 0.1}
+    tasks = {"exact_match,strict-match": 0.5, "exact_match_stderr,strict-match": 0.1, "exact_match,flexible": 0.75}
     models = {"a": {"tasks": {"x": tasks, "y": {"word_perplexity": 20.0}}}, "b": {"tasks": {"x": {"acc": 0.25}}}}
     pictures.draw_harness(plt, models)
     bars = [(bar.get_x() + bar.get_width() / 2, bar.get_height()) for bar in plt.gca().patches if bar.get_height() > 0]
     assert np.allclose(bars, [(-0.2, 0.5), (0.8 + 0.4, 0.25)])  # of two kinds, which are not compared
-    assert [label.get_text() for label in plt.gca().get_xticklabels()] == ["x\nexact_match", "x\nacc"]
+    assert [label.get_text() for label in plt.gca().get_xticklabels()] == ["x\nexact_match,strict-match", "x\nacc"]
+    (error,) = plt.gca().containers[1].errorbar.lines[2][0].get_segments()[:1]
+    assert np.allclose(error, [[-0.2, 0.4], [-0.2, 0.6]])
     changes = {"attn": [0.5, None], "attn_error": [None, None], "ssm": [0.25, 0.125], "ssm_error": [0.1, 0.1]}
     pictures.draw_heads(plt, {"a": {"pattern": "HM", "loss": changes}})
     heights = np.array([bar.get_height() for bar in plt.gca().patches])
@@ -444,7 +449,7 @@ def test_other_commands(runs, capsys, monkeypatch, task):
         assert list(first["pairs"]) == ["2", "4"] and len(rows) == 2 + 1
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     _, printed = run(capsys, task, *flags)
-    assert f"no {picture.stem}_2.png: pip install matplotlib to get one" in printed and not picture.exists()
+    assert f"no {picture.stem}_2.png: pip install matplotlib to get one" in printed
 
 
 def test_what_is_wrong_is_said_first(runs, corpus, tmp_path, monkeypatch):
@@ -454,6 +459,8 @@ def test_what_is_wrong_is_said_first(runs, corpus, tmp_path, monkeypatch):
     (tmp_path / "short.txt").write_text("short")
     (tmp_path / "empty.txt").touch()
     (tmp_path / "other.json").mkdir()
+    (tmp_path / "own.json").write_text('{"models": 3}')
+    (tmp_path / "photo.png").touch()
     (tmp_path / "model").mkdir()
     config = json.loads((a / "best/config.json").read_text())
     for name, change in (("other", {"tokenizer": "bpe:300"}), ("nothing", {"train": None})):
@@ -476,9 +483,12 @@ def test_what_is_wrong_is_said_first(runs, corpus, tmp_path, monkeypatch):
         (["loss", tmp_path / "other"], "has other tokens than .*: prepare it with that tokenizer, or pass --text"),
         (["loss", a, f"--out={a / 'best/config.json'}"], "config.json is not of evaluate.py: give the name of another"),
         (["loss", a, "--dataset=words", f"--text={latin}"], "give --text or --dataset, not both"),
+        (["loss", a, f"--out={tmp_path / 'own.json'}"], "own.json is not of evaluate.py"),
+        (["loss", a, f"--out={tmp_path / 'photo.json'}"], "photo.png is not of evaluate.py"),
         (["loss", r, "--length=8"], "recall has records, which are read whole"),
+        (["loss", r, "--longest=80"], "recall has records, which are read whole"),
         (["loss", a, "--longest=24"], "--longest=24: must be more than a window of .*, 24"),
-        (["needle", a, "--lengths=20,80"], "--lengths: fact and question need .* tokens at least"),
+        (["needle", a, "--lengths=20,80"], "out/a/best, words: --lengths: fact and question need .* tokens at least"),
         (["loss", a, "--out=x.txt"], "--out=x.txt: give the name of a .json file"),
         (["recall", a], "words: no data set of recall.py"),
         (["needle", r], "its tokens stand for no text"),

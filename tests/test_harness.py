@@ -54,7 +54,7 @@ def log_p(model, context: list[int], answer: list[int]) -> tuple[float, bool]:
 
 
 @torch.no_grad()
-def test_tasks_in_files(tasks):
+def test_tasks_in_files(tasks, monkeypatch):
     """Four kinds of tasks, against each text read whole by the model."""
     model, tokenizer = small("hMT", vocab_size=257, block_size=64), load_tokenizer("bytes", ".")
     found = harness.results(model, tokenizer, [f"local_{name}" for name in TASKS], include=str(tasks))
@@ -75,8 +75,11 @@ def test_tasks_in_files(tasks):
     assert found["local_writing"]["exact_match"] == 0
     with pytest.raises(ValueError, match="lm-evaluation-harness knows no nothing_here"):
         harness.results(model, tokenizer, ["nothing_here"], include=str(tasks))
-    with pytest.raises(ValueError, match="knows no nothing_here;"):  # before a folder is looked for
-        evaluate.main(["harness", "nowhere", "--tasks=nothing_here,", f"--include={tasks}"])
+    monkeypatch.setattr(evaluate, "open_inputs", lambda *args: None)
+    with pytest.raises(ValueError, match="knows no nothing_here;"):  # before a model is loaded
+        evaluate.main(["harness", "nowhere", "--tasks=local_choice,nothing_here,", f"--include={tasks}"])
+    with pytest.raises(ValueError, match="the task harness needs names"):
+        evaluate.main(["harness", "nowhere", "--tasks=,"])
 
 
 def request(*args):

@@ -382,7 +382,7 @@ def test_tables_and_pictures(tmp_path, capsys):
     study.main(["--list", "--figures", f"--results={tmp_path}"])
     out = capsys.readouterr().out
     within = (99 * 3.0 + 150 * 2.0) / 249  # positions 1 to 249
-    row = f"| hymba | `HhhhhHhhhhhH` | 2 | 1.515 | 0.013 | 0.758 | 0.001 |  | {within:.3f} | 1.000 | 0.50 | 0.50 "
+    row = f"| hymba | `HhhhhHhhhhhH` | 2 | 1.515 | 0.013 | 0.758 | 0.001 |  | {within:.3f} | 1.000 | 0.50 | 0.50, 0.50 "
     assert row + "| 1,000,000 | 10,000 | 2" in out and "training, tokens/s (H100) | decoding" in out
     pictures = [*figures.PICTURES, "attention"]
     assert ", attention.png in" in out
@@ -485,7 +485,7 @@ def test_which_rows_are_shown():
 
 
 def test_the_page_says_what_the_runs_say():
-    """A system's lines in docs/results.md, found by its name or its blocks, have its numbers; README has its losses."""
+    """Lines of a system in docs/results.md, found by its name or blocks, have its numbers; so has its row in README."""
     done = study.read(ROOT / "results" / "runs.jsonl")
     lines = (ROOT / "docs" / "results.md").read_text().splitlines()
     ranked = study.ranking(done)
@@ -498,9 +498,18 @@ def test_the_page_says_what_the_runs_say():
         numbers += [f"{figures.needle(first):.2f}", f"{figures.cache_mb(first):.1f}"]
         for number in numbers:
             assert all(re.search(rf"\| {number}[* (|]", line) for line in found), (system, number)
-    means = {f"{study.mean_loss(rows):.3f}" for rows in ranked.values()}
+    rows = {"intra-layer": "intra-scattered", "Hymba behind a block of Mamba": "hymba-full-second", "Mamba": "mamba"}
+    rows |= {"inter-layer": "inter", "hybrid heads throughout": "intra", "Hymba": "hymba", "Mamba-2": "mamba2"}
+    rows |= {"Hymba with Mamba-2": "hymba-mamba2", "Transformer": "transformer", "sliding windows": "sliding"}
     front = (ROOT / "README.md").read_text().partition("| system | blocks |")[2].partition("\n\n")[0].splitlines()[2:]
-    assert len(front) > 5 and {line.split(" | ")[2].strip("*") for line in front} <= means
+    later = figures.later(done)
+    for line in front:
+        name, _, *cells = (cell.strip(" |*") for cell in line.strip("| ").split(" | "))
+        runs = ranked[system := rows.pop(name)]
+        after = [later[what].get(system) for what in ("four epochs", "large")]
+        expected = [f"{study.mean_loss(runs):.3f}", *(f"{r['val_loss']:.3f}" if r else "" for r in after)]
+        assert cells[:4] == [*expected, f"{figures.needle(runs[0]):.2f}"], line
+    assert not rows
 
 
 def test_speeds_are_those_on_one_device():
