@@ -99,12 +99,11 @@ def draw_loss(plt, models: dict[str, dict]) -> None:
     """In nats against tokens, or where tokens stand for different numbers of bytes, in bits against bytes."""
     _, ax = plt.subplots(figsize=(7, 4))
     shown = [(name, text, u) for name, r in models.items() for text, u in r["texts"].items()]
-    sizes = {u["bits_per_byte"] and round(u["loss"] / math.log(2) / u["bits_per_byte"], 6) for *_, u in shown}
-    bits, one = len(sizes) > 1 and all(sizes), len({text for _, text, _ in shown}) == 1
-    for name, text, u in shown:
+    sizes = [u["bits_per_byte"] and round(u["loss"] / math.log(2) / u["bits_per_byte"], 6) for *_, u in shown]
+    bits, one = all(sizes) and len(set(sizes)) > 1, len({text for _, text, _ in shown}) == 1
+    for (name, text, u), size in zip(shown, sizes, strict=True):  # bytes of a token
         label = name if one else f"{name}, {text}"
-        y = u["bits_per_byte"] / u["loss"] if bits else 1.0
-        x = 1 / math.log(2) / y if bits else 1.0
+        x, y = (size, 1 / math.log(2) / size) if bits else (1.0, 1.0)
         if u["by_position"]:
             errors = np.array(numbers(u["by_position_error"]))
             where = x * middles(u["edges"], len(errors))
@@ -112,8 +111,8 @@ def draw_loss(plt, models: dict[str, dict]) -> None:
             ax.axvline(x * u["length"], color="0.8")
         else:  # of records
             ax.plot(u["length"], u["loss"], "o", label=label)
-    names = {"xlabel": "bytes read", "ylabel": "bits per byte"} if bits else {}
-    ax.set(xscale="log", **({"xlabel": "tokens read", "ylabel": "nats per token"} | names))
+    what, unit = ("bytes", "bits per byte") if bits else ("tokens", "nats per token")
+    ax.set(xscale="log", xlabel=f"{what} read", ylabel=unit)
     ax.legend()
 
 

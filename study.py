@@ -236,10 +236,10 @@ def plans(done: dict) -> Iterator[Plan]:
     for rate, seed in zip(RECALL_RATES, (2, 1), strict=True):
         for system in MAIN:
             yield Plan(system, "recall", "recall", RECALL, rate, seed)
-    for system in variants:
-        yield Plan(system, "small", "epoch", EPOCH, best[system], seed=2)
-    for system in THIRD:
-        yield Plan(system, "small", "epoch", EPOCH, best[system], seed=3)
+    few, others = ([s for s in variants if (s in THIRD) == third] for third in (True, False))
+    for systems, seed in ((few, 2), (THIRD, 3), (others, 2)):
+        for system in systems:
+            yield Plan(system, "small", "epoch", EPOCH, best[system], seed)
 
 
 def epochs(done: dict, system: str) -> list[dict]:

@@ -57,7 +57,7 @@ def test_the_study_ends_and_repeats_nothing():
     epochs = [("small", "epoch", 1, True), ("small", "epoch", 2, True), ("small", "epoch", 1, False)]
     epochs += [("small", "epoch", 2, False), ("small", "epoch", 3, True), ("small", "epoch", 3, False)]
     assert [stage for stage in stages if stage[:2] == ("small", "epoch")] == epochs
-    assert ("small", "rate", 1, False) not in stages
+    assert ("small", "rate", 1, False) not in stages and order[-1].seed == 2 and order[-1].system not in study.THIRD
     small = [p for p in order if p.scale == "small"]
     for system in study.SYSTEMS:
         found = [[p.learning_rate for p in small if p.key[1:3] + p.key[4:] == (system, "epoch", n)] for n in (1, 2, 3)]
