@@ -215,21 +215,21 @@ def likelihoods(engine: Engine, prompts: Tensor, answers: Tensor) -> tuple[Tenso
     return torch.stack(scores, 1), torch.stack(greedy, 1)
 
 
-def needle_tokens(tokenizer: Tokenizer, fact: str, rng: np.random.Generator) -> tuple[list[int], list[int], np.ndarray]:
-    """Tokens of the question, of what ends the fact behind its code, and of a thousand codes (1000, L)."""
+def needle_tokens(
+    tokenizer: Tokenizer, fact: str, rng: np.random.Generator
+) -> tuple[list[int], list[int], np.ndarray, int]:
+    """Tokens of the question, of what ends the fact behind its code, and of a thousand codes (1000, L); and how many a
+    prompt has beside the text, its answer included."""
     before, _, after = fact.partition("{}")
     lead = before[len(before.rstrip()) :]  # goes with the code: a space belongs to the token behind it
     question, end = (encode_piece(tokenizer, u) for u in ("\n" + before.rstrip(), after + "\n"))
-    return question, end, codes(tokenizer, rng, 1000, lead)
+    pool = codes(tokenizer, rng, 1000, lead)
+    return question, end, pool, len(tokenizer.encode_ordinary("")) + 2 * (len(question) + pool.shape[1]) + len(end)
 
 
-def needle_lengths(
-    tokenizer: Tokenizer, text: Text, lengths: list[int] | None, fact: str, block_size: int
-) -> list[int]:
-    """The lengths that can be had of the text: those asked for, or up to 4 times block_size. Raises ValueError if one
-    is too short for fact and question, or the text is for it."""
-    question, end, pool = needle_tokens(tokenizer, fact, np.random.default_rng(0))
-    need = len(tokenizer.encode_ordinary("")) + 2 * (len(question) + pool.shape[1]) + len(end)
+def needle_lengths(text: Text, lengths: list[int] | None, need: int, block_size: int) -> list[int]:
+    """The lengths that can be had of the text, where `need` tokens are fact, question and answer: those asked for, or
+    up to 4 times block_size. Raises ValueError if one is too short for these, or the text is for it."""
     most = need + len(text.tokens) - 1
     usual = [int(block_size * share) for share in (0.25, 0.5, 1, 1.5, 2, 3, 4)]
     lengths = list(dict.fromkeys(lengths)) if lengths else [length for length in usual if need <= length <= most]
@@ -251,10 +251,9 @@ def needle(
     share that is likelier than choices - 1 other codes, 1 / choices by chance; `loss`, nats of the right code.
     """
     engine, device, rng = Engine(model), model.embed.weight.device, np.random.default_rng(0)
-    lengths = needle_lengths(tokenizer, text, lengths, fact, model.config.block_size)
-    question, end, pool = needle_tokens(tokenizer, fact, rng)
+    question, end, pool, need = needle_tokens(tokenizer, fact, rng)
+    lengths = needle_lengths(text, lengths, need, model.config.block_size)
     begin = tokenizer.encode_ordinary("")  # what begins every text, if anything
-    need = len(begin) + 2 * (len(question) + pool.shape[1]) + len(end)
     result = {name: np.zeros((len(depths), len(lengths))) for name in ("greedy", "choice", "loss")}
     cells = [(i, j) for j in range(len(lengths)) for i in range(len(depths))]
     for i, j in tqdm(cells, desc="needle", unit="cell", leave=False, disable=None):
@@ -372,7 +371,8 @@ def open_inputs(args: Namespace, name: str) -> tuple[Path, Tokenizer | None, dic
             raise ValueError(f"--longest={args.longest}: must be more than a window of {folder}, {least:,}")
         if args.task == "needle":
             try:
-                needle_lengths(tokenizer, text, numbers(args.lengths), args.needle, block_size)
+                *_, need = needle_tokens(tokenizer, args.needle, np.random.default_rng(0))
+                needle_lengths(text, parse_lengths(args.lengths), need, block_size)
             except ValueError as e:
                 raise ValueError(f"{folder}, {path}: {e}") from None
         elif len(text.tokens) <= least:
@@ -391,7 +391,7 @@ def measure(args: Namespace, model: Hymba, tokenizer: Tokenizer | None, texts: d
     if args.task == "recall":
         return recall(model, text, n)
     if args.task == "needle":
-        return needle(model, tokenizer, text, numbers(args.lengths), n=args.trials, fact=args.needle)
+        return needle(model, tokenizer, text, parse_lengths(args.lengths), n=args.trials, fact=args.needle)
     if args.task == "heads":
         result = {"loss": heads(model, lambda m: np.nanmean(losses(m, text, length, n), axis=1))}
         return result | ({"recall": heads(model, lambda m: recall(m, text, n)["accuracy"])} if text.record > 1 else {})
@@ -401,7 +401,7 @@ def measure(args: Namespace, model: Hymba, tokenizer: Tokenizer | None, texts: d
     return {"tasks": harness.results(model, tokenizer, task_names(args.tasks), **options)}
 
 
-def numbers(text: str | None) -> list[int] | None:
+def parse_lengths(text: str | None) -> list[int] | None:
     return [int(u) for u in text.split(",")] if text else None
 
 
@@ -446,6 +446,7 @@ def check_arguments(args: Namespace, names: list[str], defaults: Namespace) -> N
 
 
 def is_result(file: Path) -> bool:
+    """Whether a file is one that evaluate.py wrote."""
     try:
         found = json.loads(file.read_text())
     except (OSError, ValueError):
