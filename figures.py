@@ -19,7 +19,7 @@ PAPER = {
     "hymba-no-meta": (45.16, 48.04), "hymba": (45.53, 51.79),
 }  # fmt: skip
 
-LATER = {("small", "flops"): "same operations", ("small", "long"): "four epochs", ("large", "epoch"): "large"}
+LATER = {"flops": "same operations", "long": "four epochs"}  # by stage, what came after the small epochs
 COLORS = {system: f"C{min(i, len(MAIN))}" for i, system in enumerate(SYSTEMS)}  # in all pictures; variants share one
 
 
@@ -43,11 +43,11 @@ def device(row: dict) -> str:
     return re.sub(r"NVIDIA | \d+GB.*", "", row.get("device", "?"))
 
 
-def timed(done: dict) -> dict[str, dict]:
+def timed(done: dict, scale: str = "small") -> dict[str, dict]:
     """Of each system, an epoch that was timed on the device on which most systems were, at whichever rate."""
     found = {}
-    for system in ranking(done):
-        for row in reversed(epochs(done, system)):  # the better one, if both were
+    for system in ranking(done, scale):
+        for row in reversed(epochs(done, system, scale)):  # the better one, if both were
             found.setdefault(device(row), {})[system] = row
     return max(found.values(), key=len, default={})
 
@@ -56,29 +56,29 @@ def device_of(rows: dict[str, dict]) -> str:
     return next(iter(map(device, rows.values())), "?")
 
 
-def half_intervals(done: dict) -> dict[str, float]:
+def half_intervals(done: dict, scale: str = "small") -> dict[str, float]:
     """Of each system's mean loss, half the 95% confidence interval, as if seeds differed as much in all systems and at
     all rates: the variance is pooled. Empty while it has fewer than five degrees of freedom."""
     seeds = {}
-    for (scale, system, stage, rate, _), row in done.items():
-        if (scale, stage) == ("small", "epoch") and row["val_loss"]:
+    for (where, system, stage, rate, _), row in done.items():
+        if (where, stage) == (scale, "epoch") and row["val_loss"]:
             seeds.setdefault((system, rate), []).append(row["val_loss"])
     squares = [(loss - statistics.mean(losses)) ** 2 for losses in seeds.values() for loss in losses]
     if (free := len(squares) - len(seeds)) < 5:  # degrees of freedom
         return {}
     z = statistics.NormalDist().inv_cdf(0.975)
     t = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)  # Student's, within 1%
-    return {system: t * math.sqrt(sum(squares) / free / len(rows)) for system, rows in ranking(done).items()}
+    return {system: t * math.sqrt(sum(squares) / free / len(rows)) for system, rows in ranking(done, scale).items()}
 
 
-def later(done: dict) -> dict[str, dict[str, dict]]:
-    """What came after the small epochs, by what is different and by system, the lowest loss first: as many operations
-    as Hymba, four epochs, the large scale."""
+def later(done: dict) -> dict[str, dict[str, list[dict]]]:
+    """What came after the small epochs, by what is different and by system, a row for each seed, the lowest loss first:
+    as many operations as Hymba, four epochs, the large scale."""
     found = {name: {} for name in LATER.values()}
-    rows = [(key, row) for key, row in done.items() if (key[0], key[2]) in LATER and row["val_loss"]]
-    for (scale, system, stage, *_), row in sorted(rows, key=lambda pair: pair[1]["val_loss"]):
-        found[LATER[scale, stage]].setdefault(system, row)  # the better one of two rates
-    return found
+    rows = [(key, row) for key, row in done.items() if key[2] in LATER and row["val_loss"]]
+    for (_, system, stage, *_), row in sorted(rows, key=lambda pair: pair[1]["val_loss"]):
+        found[LATER[stage]][system] = [row]
+    return found | {"large": ranking(done, "large")}
 
 
 def operations(row: dict) -> float:
@@ -137,20 +137,23 @@ def table(done: dict) -> str:
 
 
 def later_table(done: dict) -> str:
-    """A line for each run that came after the small epochs, beside the mean of those. Speeds of those that had a GPU to
-    themselves."""
-    heads = ["what", "system", "rate", "loss", "small epoch", "bits per byte", "within", "beyond", "needle"]
-    heads += ["active parameters, M", "training, GFLOPs a token", "device", "training, tokens/s", "decoding, tokens/s"]
-    ranked, lines = ranking(done), [heads]
-    for name, rows in later(done).items():
-        for system, row in rows.items():
-            before = f"{mean_loss(ranked[system]):.3f}" if system in ranked else ""
-            cells = [name, system, f"{row['learning_rate']:g}", f"{row['val_loss']:.3f}", before]
-            cells += [f"{value:.3f}" for value in (row["val_bpb"], *reach(row))] + [f"{needle(row):.2f}"]
-            cells += [f"{parameters(cost.meta_model(config_fields(row['flags']))) / 1e6:.2f}"]
-            cells += [f"{operations(row) / 1e9:.3f}", device(row)]
-            alone = "decode_tokens_per_s" in row
-            lines.append(cells + [f"{row[f'{key}tokens_per_s']:,.0f}" if alone else "" for key in ("", "decode_")])
+    """A line for each system of what came after the small epochs, beside their mean: the means over seeds of loss (and
+    half its confidence interval) and bits per byte, and what else is known of the first seed. Speeds of those that had
+    a GPU to themselves, at the large scale on one device."""
+    heads = ["what", "system", "rate", "seeds", "loss", "+/-", "small epoch", "bits per byte", "within", "beyond"]
+    heads += ["needle", "active parameters, M", "training, GFLOPs a token", "device", "training, tokens/s"]
+    ranked, halves, speeds = ranking(done), half_intervals(done, "large"), timed(done, "large")
+    lines = [[*heads, "decoding, tokens/s"]]
+    for name, systems in later(done).items():
+        for system, rows in systems.items():
+            first, half = rows[0], halves.get(system) if name == "large" else None
+            cells = [name, system, f"{first['learning_rate']:g}", f"{len(rows)}", f"{mean_loss(rows):.3f}"]
+            cells += [f"{half:.3f}" if half else "", f"{mean_loss(ranked[system]):.3f}" if system in ranked else ""]
+            cells += [f"{value:.3f}" for value in (statistics.mean(r["val_bpb"] for r in rows), *reach(first))]
+            cells += [f"{needle(first):.2f}", f"{parameters(cost.meta_model(config_fields(first['flags']))) / 1e6:.2f}"]
+            speed = speeds.get(system, {}) if name == "large" else first if "decode_tokens_per_s" in first else {}
+            cells += [f"{operations(first) / 1e9:.3f}", device(speed) if speed else ""]
+            lines.append(cells + [f"{speed[f'{key}tokens_per_s']:,.0f}" if speed else "" for key in ("", "decode_")])
     return markdown(lines)
 
 
@@ -193,7 +196,7 @@ def draw_curves(ax, done: dict, seconds: bool) -> None:
 def draw_against(ax, points: dict[str, tuple[float, float]], x: str, y: str) -> None:
     for i, (system, point) in enumerate(points.items()):
         ax.plot(*point, "o", color=COLORS[system])
-        ax.annotate(system, point, (5, -9 if i % 2 else 3), textcoords="offset points", fontsize="small")  # apart
+        ax.annotate(system, point, (5, 3 if i % 2 else -9), textcoords="offset points", fontsize="small")  # apart
     ax.margins(x=0.2)  # for the last name
     ax.set(xscale="log", xlabel=x, ylabel=y)
 
@@ -278,10 +281,10 @@ def draw_later(ax, done: dict) -> None:
     found, ranked = later(done), ranking(done)
     point = lambda row, loss: (row["tokens"] * operations(row), loss)  # noqa: E731
     for (name, rows), style in zip(found.items(), ("x:", "o-", "s--"), strict=True):
-        middle = statistics.median([row["tokens"] * operations(row) for row in rows.values()] or [0])
-        for i, (system, row) in enumerate(rows.items()):
+        middle = statistics.median([point(row, 0)[0] for row, *_ in rows.values()] or [0])
+        for i, (system, runs) in enumerate(rows.items()):
             if system in ranked:
-                points = point(ranked[system][0], mean_loss(ranked[system])), point(row, row["val_loss"])
+                points = [point(seeds[0], mean_loss(seeds)) for seeds in (ranked[system], runs)]
                 ax.plot(*zip(*points, strict=True), style, color=COLORS[system], ms=5, lw=1, markevery=[1])
                 right = points[1][0] >= middle  # names are on the side that faces no neighbour
                 side = {"ha": "left", "xytext": (5, 0)} if right else {"ha": "right", "xytext": (-5, 0)}
@@ -293,7 +296,7 @@ def draw_later(ax, done: dict) -> None:
 
 def draw_heads(ax, done: dict, kind: str) -> None:
     """After four epochs, what removing the heads of one kind from one block costs."""
-    for system, row in later(done)["four epochs"].items():
+    for system, (row, *_) in later(done)["four epochs"].items():
         changes = pictures.numbers(row["heads"][kind])
         if not all(map(math.isnan, changes)):
             ax.plot(range(1, len(changes) + 1), changes, "o-", color=COLORS[system], label=system)
@@ -324,7 +327,7 @@ def main(done: dict, folder: Path) -> None:
         fig.tight_layout()
         pictures.save(plt, folder / f"{name}.png")
     long, names = later(done)["four epochs"].items(), [f"{name}.png" for name in PICTURES]
-    if models := {s: {"pattern": r["flags"]["pattern"], "texts": {"": {"blocks": r["attention"]}}} for s, r in long}:
+    if models := {s: {"pattern": r["flags"]["pattern"], "texts": {"": {"blocks": r["attention"]}}} for s, (r,) in long}:
         pictures.draw_attention(plt, models)
         plt.tight_layout()
         pictures.save(plt, folder / "attention.png")

@@ -11,7 +11,7 @@ and device, and what came out. A GPU with enough memory trains two at a time, bu
 for. The next begins while that one is measured, so speed is taken over the last quarter of the steps. When the time is
 over, what runs is stopped: it goes on from its checkpoint in out/study/, or starts anew where there is none. Learning
 rates are tried first, for each system by itself. The two best have an epoch each, and the better one counts; variants
-take the two of the system they vary. Then come more seeds, recall, more epochs, and a larger scale.
+take the two of the system they vary. Then come more seeds, recall, more epochs, and a larger scale, at half the rates.
 
 Data: python prepare.py python --site-packages --tokenizer=bpe:16384 --name=study
       python recall.py
@@ -214,6 +214,7 @@ def plans(done: dict) -> Iterator[Plan]:
     other = {s: max(rates[s], key=lambda rate: rate != best[s]) if best[s] else 0.0 for s in SYSTEMS}
     winner = min(firsts, key=lambda s: firsts[s]["val_loss"]) if known == SYSTEMS.keys() and firsts else "hymba"
     variants = [system for system in SYSTEMS if system not in MAIN]
+    large = list(dict.fromkeys([winner, "hymba", "transformer", "inter", "mamba"]))
     for system in MAIN:
         for rate in trials(done, system)[0]:
             yield Plan(system, "small", "rate", TRIAL, rate)
@@ -231,7 +232,7 @@ def plans(done: dict) -> Iterator[Plan]:
     for system in dict.fromkeys([winner, "hymba", "transformer", "inter", "intra"]):
         yield Plan(system, "small", "long", 4 * EPOCH, best[system])
     for pick in (best, other):
-        for system in dict.fromkeys([winner, "hymba", "transformer", "inter", "mamba"]):
+        for system in large:
             yield Plan(system, "large", "epoch", 2 * EPOCH, pick[system] / 2)  # twice as wide: half the rate
     for rate, seed in zip(RECALL_RATES, (2, 1), strict=True):
         for system in MAIN:
@@ -240,21 +241,27 @@ def plans(done: dict) -> Iterator[Plan]:
     for systems, seed in ((few, 2), (THIRD, 3), (others, 2)):
         for system in systems:
             yield Plan(system, "small", "epoch", EPOCH, best[system], seed)
+    for pick in (best, other):  # what Hymba may be behind for
+        yield Plan("hymba-full-second", "large", "epoch", 2 * EPOCH, pick["hymba-full-second"] / 2)
+    for system in [*large, "hymba-full-second"]:
+        both = epochs(done, system, "large")
+        yield Plan(system, "large", "epoch", 2 * EPOCH, both[0]["learning_rate"] if len(both) == 2 else 0.0, seed=2)
 
 
-def epochs(done: dict, system: str) -> list[dict]:
-    """First seeds of a system's epochs at the small scale that did not diverge, the one that ended lower first."""
-    found = [done.get(("small", system, "epoch", rate, 1)) for rate in epoch_rates(done, system)]
+def epochs(done: dict, system: str, scale: str = "small") -> list[dict]:
+    """First seeds of a system's epochs at a scale that did not diverge, the one that ended lower first."""
+    rates = [rate / 2 if scale == "large" else rate for rate in epoch_rates(done, system)]
+    found = [done.get((scale, system, "epoch", rate, 1)) for rate in rates]
     return sorted((r for r in found if r and r["val_loss"]), key=lambda r: r["val_loss"])
 
 
-def ranking(done: dict) -> dict[str, list[dict]]:
+def ranking(done: dict, scale: str = "small") -> dict[str, list[dict]]:
     """Epochs of each system that has one, a row for each seed, at the rate at which the first seed ended lower; the
     lowest mean loss first."""
     rows = {}
     for system in SYSTEMS:
-        for first in epochs(done, system)[:1]:
-            others = [done.get(("small", system, "epoch", first["learning_rate"], seed)) for seed in (2, 3)]
+        for first in epochs(done, system, scale)[:1]:
+            others = [done.get((scale, system, "epoch", first["learning_rate"], seed)) for seed in (2, 3)]
             rows[system] = [first, *(row for row in others if row and row["val_loss"])]
     return dict(sorted(rows.items(), key=lambda pair: mean_loss(pair[1])))
 

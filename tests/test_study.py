@@ -57,8 +57,8 @@ def test_the_study_ends_and_repeats_nothing():
     epochs = [("small", "epoch", 1, True), ("small", "epoch", 2, True), ("small", "epoch", 1, False)]
     epochs += [("small", "epoch", 2, False), ("small", "epoch", 3, True), ("small", "epoch", 3, False)]
     assert [stage for stage in stages if stage[:2] == ("small", "epoch")] == epochs
-    assert ("small", "rate", 1, False) not in stages and order[-1].seed == 2 and order[-1].system not in study.THIRD
     small = [p for p in order if p.scale == "small"]
+    assert ("small", "rate", 1, False) not in stages and small[-1].seed == 2 and small[-1].system not in study.THIRD
     for system in study.SYSTEMS:
         found = [[p.learning_rate for p in small if p.key[1:3] + p.key[4:] == (system, "epoch", n)] for n in (1, 2, 3)]
         best = optimum.get(system, 2e-3)
@@ -68,10 +68,19 @@ def test_the_study_ends_and_repeats_nothing():
     long, flops = ({p.system: p.learning_rate for p in order if key in p.key} for key in ("long", "flops"))
     assert long == dict.fromkeys(("hymba", "inter", "intra"), 2e-3) | {"transformer": 0.25e-3, "hymba-no-meta": 1e-3}
     assert flops == {"transformer": 0.25e-3, "mamba": 16e-3, "inter": 2e-3}
-    large = [(p.system, p.learning_rate) for p in order if p.scale == "large"]  # half the two rates, the better first
+    # Half the rates, the better first; second seeds at the rate at which the first one ended lower there
+    large = [(p.system, p.learning_rate, p.seed) for p in order if p.scale == "large"]
     better = {"hymba-no-meta": 0.5e-3, "hymba": 1e-3, "transformer": 0.125e-3, "inter": 1e-3, "mamba": 8e-3}
     worse = {"hymba-no-meta": 1e-3, "hymba": 0.5e-3, "transformer": 0.25e-3, "inter": 0.5e-3, "mamba": 4e-3}
-    assert large == [*better.items(), *worse.items()]
+    late = [("hymba-full-second", rate, 1) for rate in (1e-3, 0.5e-3)]
+    first = [(*pair, 1) for pair in [*better.items(), *worse.items()]]
+    ended = {"hymba-no-meta": 1e-3, "hymba": 1e-3, "transformer": 0.25e-3, "inter": 1e-3, "mamba": 8e-3}
+    assert large == [
+        *first,
+        *late,
+        *((system, rate, 2) for system, rate in ended.items()),
+        ("hymba-full-second", 1e-3, 2),
+    ]
     found = {(p.learning_rate, p.seed) for p in order if p.key[:2] == ("recall", "hymba")}
     assert found == {(3e-3, 1), (3e-3, 2), (6e-3, 1)}
     for rate in (2e-3, 1e-3):  # both epochs of a system that is not among these
@@ -80,8 +89,13 @@ def test_the_study_ends_and_repeats_nothing():
     diverged = {k: r | {"val_loss": None if k[3] == 2e-3 else r["val_loss"]} for k, r in done.items()}
     assert 2e-3 not in study.trials(diverged, "hymba")[1]
     del done["small", "hymba", "epoch", 1e-3, 1]  # while it runs, the better rate is not known
-    assert [p.learning_rate for p in study.plans(done) if (p.system, p.stage, p.seed) == ("hymba", "epoch", 2)] == [0]
+    assert [p.learning_rate for p in study.plans(done) if p.name.startswith("small-hymba-epoch-") and p.seed == 2] == [
+        0
+    ]
     assert {p.system for p in study.plans(done) if p.stage == "long"} == {"hymba", "transformer", "inter", "intra"}
+    del done["large", "inter", "epoch", 1e-3, 1]
+    wide = {p.system: p.learning_rate for p in study.plans(done) if (p.scale, p.seed) == ("large", 2)}
+    assert not wide["inter"] and wide["transformer"]
 
 
 def test_how_long_a_run_takes():
@@ -415,17 +429,22 @@ def test_what_came_after_the_small_epochs():
     plans = [plan for system in ("transformer", "hymba") for plan in plans_of(system)]
     done = {p.key: made_up(p, 1.5 + abs(p.learning_rate - 1e-3) + p.seed / 100) for p in plans}
     runs = [("hymba", "small", "long", 1.31), ("transformer", "small", "long", 1.3), ("mamba", "small", "flops", None)]
-    runs += [("transformer", "small", "flops", 1.6), ("hymba", "large", "epoch", 1.25)]
+    runs += [("transformer", "small", "flops", 1.6)]
     for system, scale, stage, loss in runs:
         plan = study.Plan(system, scale, stage, 4e8, 1e-3)
         done[plan.key] = made_up(plan, loss) if loss else made_up(plan, 9.0) | {"val_loss": None}
-    worse = study.Plan("hymba", "large", "epoch", 4e8, 2e-3)
-    done[worse.key] = made_up(worse, 1.26)  # at another rate
+    one, other = (rate / 2 for rate in study.epoch_rates(done, "hymba"))
+    for rate, seed, loss in ((one, 1, 1.24), (other, 1, 1.26), (one, 2, 1.26), (other, 2, 1.0), (8e-3, 1, 1.0)):
+        plan = study.Plan("hymba", "large", "epoch", 4e8, rate, seed)  # first seeds at the two rates decide
+        done[plan.key] = made_up(plan, loss)
+    done["large", "hymba", "epoch", one, 1] |= {"device": "NVIDIA H200", "tokens_per_s": 2e6}
     lines = [line.split(" | ") for line in figures.later_table(done).splitlines()]
     assert [line[1] for line in lines[2:]] == ["transformer", "transformer", "hymba", "hymba"]
-    assert lines[3][:5] == ["| four epochs", "transformer", "0.001", "1.300", "1.515"]
-    assert lines[2][8:] == ["0.50", "14.53", "0.131", "H100", "1,000,000", "10,000 |"] and lines[3][12:] == ["", " |"]
-    assert lines[5][0] == "| large" and float(lines[5][9]) == pytest.approx(56, rel=0.01)
+    assert lines[3][:7] == ["| four epochs", "transformer", "0.001", "1", "1.300", "", "1.515"]
+    assert lines[2][10:] == ["0.50", "14.53", "0.131", "H100", "1,000,000", "10,000 |"]
+    assert lines[3][13:] == ["", "", " |"] and lines[5][:5] == ["| large", "hymba", f"{one:g}", "2", "1.250"]
+    assert float(lines[5][11]) == pytest.approx(56, rel=0.01) and lines[5][13] in ("H100", "H200")
+    assert (lines[5][13] == "H200") == (lines[5][14] == "2,000,000")
     figures.draw_later(axes := plt.figure().add_subplot(), done)
     ends = {text.get_text(): (text.xy, line.get_xydata()) for text, line in zip(axes.texts, axes.lines, strict=True)}
     assert ends["hymba, large"][0][1] == 1.25 and ends["hymba, large"][1][0, 1] == pytest.approx(1.515)
@@ -507,7 +526,7 @@ def test_the_page_says_what_the_runs_say():
         name, _, *cells = (cell.strip(" |*") for cell in line.strip("| ").split(" | "))
         runs = ranked[system := rows.pop(name)]
         after = [later[what].get(system) for what in ("four epochs", "large")]
-        expected = [f"{study.mean_loss(runs):.3f}", *(f"{r['val_loss']:.3f}" if r else "" for r in after)]
+        expected = [f"{study.mean_loss(seeds):.3f}" if seeds else "" for seeds in [runs, *after]]
         assert cells[:4] == [*expected, f"{figures.needle(runs[0]):.2f}"], line
     assert not rows
 
