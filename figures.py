@@ -196,8 +196,9 @@ def draw_curves(ax, done: dict, seconds: bool) -> None:
 def draw_against(ax, points: dict[str, tuple[float, float]], x: str, y: str) -> None:
     for i, (system, point) in enumerate(points.items()):
         ax.plot(*point, "o", color=COLORS[system])
-        ax.annotate(system, point, (5, 3 if i % 2 else -9), textcoords="offset points", fontsize="small")  # apart
-    ax.margins(x=0.2)  # for the last name
+        side = {"ha": "right", "xytext": (-5, 3)} if i % 2 else {"ha": "left", "xytext": (5, -9)}  # neighbours apart
+        ax.annotate(system, point, textcoords="offset points", fontsize="small", **side)
+    ax.margins(x=0.2)  # for the names at the edges
     ax.set(xscale="log", xlabel=x, ylabel=y)
 
 
