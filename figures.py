@@ -10,7 +10,19 @@ from pathlib import Path
 import cost
 import pictures
 from model import HymbaConfig
-from study import MAIN, RECALL_RATES, SYSTEMS, TRIAL, config_fields, epochs, mean_loss, parameters, ranking, trials
+from study import (
+    MAIN,
+    RECALL_RATES,
+    SCALES,
+    SYSTEMS,
+    TRIAL,
+    config_fields,
+    epochs,
+    mean_loss,
+    parameters,
+    ranking,
+    trials,
+)
 
 # Hymba, Table 1: accuracy of general and of recall tasks, in percent, of models of about 300M parameters. The paper's
 # row of windows has neither meta tokens nor shared keys and values; hymba-windows has both.
@@ -20,6 +32,7 @@ PAPER = {
 }  # fmt: skip
 
 LATER = {"flops": "same operations", "long": "four epochs"}  # by stage, what came after the small epochs
+DRAWN = [*MAIN, "intra-scattered"]  # in pictures that would be crowded with all systems: the best variant, too
 COLORS = {system: f"C{min(i, len(MAIN))}" for i, system in enumerate(SYSTEMS)}  # in all pictures; variants share one
 
 
@@ -179,7 +192,7 @@ def draw_rates(ax, done: dict) -> None:
 def draw_curves(ax, done: dict, seconds: bool) -> None:
     """Training loss, a mean over neighbours, against operations or seconds of training."""
     speeds, ranked = timed(done), ranking(done)
-    rows = {s: runs[0] for s, runs in ranked.items() if s in MAIN and (s in speeds or not seconds)}
+    rows = {s: runs[0] for s, runs in ranked.items() if s in DRAWN and (s in speeds or not seconds)}
     for system, row in rows.items():
         tokens = row["flags"]["batch_size"] * row["flags"]["block_size"]
         unit = tokens / speeds[system]["tokens_per_s"] if seconds else tokens * operations(row)
@@ -203,10 +216,12 @@ def draw_against(ax, points: dict[str, tuple[float, float]], x: str, y: str) -> 
 
 
 def draw_throughput(ax, done: dict) -> None:
-    """All systems but variants of Hymba, which lie close together."""
+    """All systems; variants of Hymba, which lie close together, have no names."""
     rows, speeds = ranking(done), timed(done)
-    shown = [system for system in speeds if system in MAIN or not system.startswith("hymba")]
-    points = {s: (v, mean_loss(rows[s])) for s in shown if (v := speeds[s].get("decode_tokens_per_s"))}
+    points = {s: (v, mean_loss(rows[s])) for s, row in speeds.items() if (v := row.get("decode_tokens_per_s"))}
+    variants = [points.pop(s) for s in [*points] if s not in MAIN and s.startswith("hymba")]
+    if variants:
+        ax.plot(*zip(*variants, strict=True), "o", color="0.7", ms=4, label="Hymba's variants")
     x = f"decoding 64 sequences of 8,192 tokens on one {device_of(speeds)}, tokens/s"
     draw_against(ax, points, x, "validation loss, nats per token")
 
@@ -220,19 +235,32 @@ def draw_recall(ax, done: dict) -> None:
 def draw_pairs(ax, done: dict) -> None:
     for system in MAIN:
         if runs := best_recall(done, system):
-            shares = [statistics.mean(r["pairs"][n]["accuracy"] for r in runs) for n in runs[0]["pairs"]]
-            ax.plot([int(n) for n in runs[0]["pairs"]], shares, "o-", color=COLORS[system], label=system)
-    ax.set(xscale="log", xlabel="pairs", ylabel="accuracy of recall")
+            shares = {int(n): statistics.mean(r["pairs"][n]["accuracy"] for r in runs) for n in runs[0]["pairs"]}
+            ax.plot(shares.keys(), shares.values(), "o-", color=COLORS[system], label=system)
+            doublings(ax, list(shares))
+    ax.set(xlabel="pairs", ylabel="accuracy of recall")
+
+
+def doublings(ax, ticks: list[int]) -> None:
+    """A logarithmic axis with these numbers."""
+    ax.set_xscale("log")
+    ax.set_xticks(ticks, labels=[f"{tick:,}" for tick in ticks])
+    ax.set_xticks([], minor=True)
 
 
 def draw_positions(ax, done: dict) -> None:
-    """Loss by position, to 8 times the training length."""
+    """Loss by position, to 8 times the training length, from a tenth of it on."""
+    length, low = SCALES["small"].flags["block_size"], math.inf
     for system, runs in ranking(done).items():
-        if system in MAIN:
+        if system in DRAWN:
             (result,) = runs[0]["position"].values()
             middles = pictures.middles(result["edges"], len(result["by_position"]))
             ax.plot(middles, result["by_position"], COLORS[system], label=system)
-    ax.set(xscale="log", xlabel="position", ylabel="loss, nats per token")
+            low = min(low, *result["by_position"])
+    ax.axvline(length, color="0.5", ls=":")
+    doublings(ax, [8 * length >> i for i in range(7)])
+    ax.set(xlim=(length / 10, 8 * length), xlabel="position (dotted: the training length)")
+    ax.set(ylim=(low - 0.1, low + 1) if low < math.inf else None, ylabel="loss, nats per token")
 
 
 def draw_reach(ax, done: dict) -> None:
@@ -254,26 +282,27 @@ def draw_reach(ax, done: dict) -> None:
 
 
 def draw_needle(ax, done: dict) -> None:
+    length = SCALES["small"].flags["block_size"]
     for system, runs in ranking(done).items():
-        if system in MAIN:
+        if system in DRAWN:
             found = needles(runs[0])
             ax.plot(found.keys(), found.values(), "o-", color=COLORS[system], label=system)
-    ax.set(xscale="log", xlabel="tokens of text", ylabel="needle found")
+            doublings(ax, list(found))
+    ax.axvline(length, color="0.5", ls=":")
+    ax.set(xlabel="tokens of text (dotted: the training length)", ylabel="needle found")
 
 
 def draw_ladder(ax, done: dict) -> None:
-    """Our loss beside the paper's accuracies, for the systems that its Table 1 has."""
+    """The paper's accuracies against our loss, for the systems that its Table 1 has."""
     rows = ranking(done)
     here = [system for system in PAPER if system in rows]
-    ax.plot(here, [mean_loss(rows[system]) for system in here], "ko-", label="loss here")
-    ax.set(ylabel="validation loss, nats per token (less is higher)")
-    ax.invert_yaxis()
-    ax.tick_params(axis="x", rotation=25)
-    right = ax.twinx()
     for i, name in enumerate(("general tasks", "recall tasks")):
-        right.plot(here, [PAPER[system][i] for system in here], f"C{i}s--", label=f"{name}, the paper's")
-    right.set(ylabel="accuracy, %")
-    right.legend(loc="lower right", fontsize="small")
+        points = {system: (mean_loss(rows[system]), PAPER[system][i]) for system in here}
+        ax.plot(*zip(*points.values(), strict=True), "so"[i], color=f"C{i}", label=f"{name}, the paper's")
+        for k, (system, point) in enumerate(sorted(points.items(), key=lambda pair: pair[1])):
+            ax.annotate(system, point, (4, (4, -10)[k % 2]), textcoords="offset points", fontsize="x-small")
+    ax.margins(x=0.15)  # for the last name
+    ax.set(xlabel="validation loss here, nats per token", ylabel="accuracy in the paper's Table 1, %")
 
 
 def draw_later(ax, done: dict) -> None:

@@ -518,8 +518,12 @@ def test_the_page_says_what_the_runs_say():
         numbers = [f"{loss:.3f}" for loss in (study.mean_loss([first, *others]), *figures.reach(first))]
         numbers += [f"{figures.needle(first):.2f}", f"{figures.cache_mb(first):.1f}"]
         for number in numbers:
-            assert all(re.search(rf"\| {number}[* (|]", line) for line in found), (system, number)
-    rows = {"intra-layer": "intra-scattered", "Hymba behind a block of Mamba": "hymba-full-second", "Mamba": "mamba"}
+            assert all(re.search(rf"\| {number}[*, (|]", line) for line in found), (system, number)
+    rows = {
+        "intra-layer": "intra-scattered",
+        "Hymba with Mamba in the first block": "hymba-full-second",
+        "Mamba": "mamba",
+    }
     rows |= {"inter-layer": "inter", "hybrid heads throughout": "intra", "Hymba": "hymba", "Mamba-2": "mamba2"}
     rows |= {"Hymba with Mamba-2": "hymba-mamba2", "Transformer": "transformer", "sliding windows": "sliding"}
     front = (ROOT / "README.md").read_text().partition("| system | blocks |")[2].partition("\n\n")[0].splitlines()[2:]
@@ -542,9 +546,10 @@ def test_speeds_are_those_on_one_device():
     done["small", "mamba", "epoch", 1e-3, 1] |= {"device": "NVIDIA H200", "tokens_per_s": 3e6, "val_loss": 1.4}
     assert set(figures.timed(done)) == {"transformer", "inter", "hymba"}
     assert "(H100)" in figures.table(done) and "3,000,000" not in figures.table(done)
-    variant = study.Plan("hymba-no-meta", "small", "epoch", study.EPOCH, 1e-3)  # not drawn
+    variant = study.Plan("hymba-no-meta", "small", "epoch", study.EPOCH, 1e-3)  # has no name
     figures.draw_throughput(axes := plt.figure().add_subplot(), done | {variant.key: made_up(variant, 1.0)})
-    assert len(axes.lines) == 3 and "on one H100" in axes.get_xlabel()
+    assert axes.lines[0].get_xydata().tolist() == [[1e4, 1.0]] and "on one H100" in axes.get_xlabel()
+    assert sorted(text.get_text() for text in axes.texts) == ["hymba", "inter", "transformer"] and len(axes.lines) == 4
     figures.draw_curves(axes := plt.figure().add_subplot(), done, seconds=True)
     assert len(axes.lines) == 3 and "on one H100" in axes.get_xlabel()
     figures.draw_curves(axes := plt.figure().add_subplot(), done, seconds=False)
