@@ -182,7 +182,7 @@ def attention_rows(r: dict) -> Iterator[dict]:
 def draw_attention(plt, models: dict[str, dict]) -> None:
     """Of the first text: shares, magnitudes, memory lengths; of all texts, the share of each meta token, a mean over
     blocks."""
-    _, axes = plt.subplots(len(models), 4, figsize=(18, 3.5 * len(models)), squeeze=False)
+    _, axes = plt.subplots(len(models), 4, figsize=(15, 3 * len(models)), squeeze=False)
     for (shares, sizes, memory, meta), (name, r) in zip(axes, models.items(), strict=True):
         text, x = next(iter(r["texts"])), np.arange(len(r["pattern"]))
         blocks, where = r["texts"][text]["blocks"], f", {Path(text).name}" if len(r["texts"]) > 1 else ""
@@ -210,10 +210,13 @@ def draw_attention(plt, models: dict[str, dict]) -> None:
         sizes.set(yscale="log"), memory.set(yscale="log" if there else "linear")
         lines = {t: [b["meta"] for b in u["blocks"] if b["meta"]] for t, u in r["texts"].items()}
         means = [np.mean(line, axis=0) for line in lines.values() if line]
-        if means:
+        meta.set(title="share of each meta token", xlabel="meta token")
+        if len(means) == 1:
+            meta.bar(range(len(means[0])), means[0])
+        elif means:
             plt.colorbar(meta.imshow(means, aspect="auto", vmin=0), ax=meta)
-        names = [Path(text).name for text, line in lines.items() if line]
-        meta.set(yticks=range(len(means)), yticklabels=names, title="share of each meta token", xlabel="meta token")
+            names = [Path(text).name for text, line in lines.items() if line]
+            meta.set(yticks=range(len(means)), yticklabels=names)
         for ax, drawn in ((shares, bottom.any()), (memory, there), (meta, means)):
             ax.set_visible(bool(drawn))
 
