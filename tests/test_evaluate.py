@@ -440,10 +440,10 @@ def test_a_picture_of_attention():
     assert np.allclose(lines["ssm"], [math.nan, 3], equal_nan=True) and len(lines) == 2
     assert memories.lines[0].get_xydata().tolist() == [[1, 4]] and memories.collections[0].get_segments()[0][1, 1] == 9
     assert axes[0, 0].get_ylabel() == "a" and axes[1, 1].get_ylabel() == "b"
-    texts = {"p/x.py": models["a"]["texts"]["x"], "y.md": {"blocks": [t | {"meta": [0.5, 0.0]}, m]}}
+    texts = {"p/x.py": models["a"]["texts"]["x"], "y.md": {"blocks": [t | {"meta": [0.5, 0.25]}, m]}}
     pictures.draw_attention(plt, {"a": {"pattern": "TM", "texts": texts}})
     *_, meta, colours = plt.gcf().axes
-    assert meta.images[0].get_array().tolist() == [[0.125, 0.375], [0.5, 0]] and colours.get_ylim() == (0, 0.5)
+    assert meta.images[0].get_array().tolist() == [[0.125, 0.375], [0.5, 0.25]] and colours.get_ylim() == (0, 0.5)
     assert [label.get_text() for label in meta.get_yticklabels()] == ["x.py", "y.md"]
     plt.close("all")
 
