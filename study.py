@@ -241,6 +241,8 @@ def plans(done: dict) -> Iterator[Plan]:
     for systems, seed in ((few, 2), (THIRD, 3), (others, 2)):
         for system in systems:
             yield Plan(system, "small", "epoch", EPOCH, best[system], seed)
+    for seed in (2, 3):  # the first seed without meta tokens had not learned to use long context at this rate
+        yield Plan("hymba-no-meta", "small", "epoch", EPOCH, other["hymba-no-meta"], seed)
     for pick in (best, other):  # what Hymba may be behind for
         yield Plan("hymba-full-second", "large", "epoch", 2 * EPOCH, pick["hymba-full-second"] / 2)
     for system in [*large, "hymba-full-second"]:
