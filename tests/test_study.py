@@ -521,7 +521,7 @@ def test_the_page_says_what_the_runs_say():
             assert all(re.search(rf"\| {number}[*, (|]", line) for line in found), (system, number)
     rows = {
         "intra-layer": "intra-scattered",
-        "Hymba with Mamba in the first block": "hymba-full-second",
+        "Hymba, first block Mamba, second `H`": "hymba-full-second",
         "Mamba": "mamba",
     }
     rows |= {"inter-layer": "inter", "hybrid heads throughout": "intra", "Hymba": "hymba", "Mamba-2": "mamba2"}
