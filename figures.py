@@ -32,7 +32,7 @@ PAPER = {
 }  # fmt: skip
 
 LATER = {"flops": "same operations", "long": "four epochs"}  # by stage, what came after the small epochs
-DRAWN = [*MAIN, "intra-scattered"]  # in pictures that would be crowded with all systems: the best variant, too
+DRAWN = [*MAIN, "intra-scattered"]  # in pictures that all systems would crowd
 COLORS = {system: f"C{min(i, len(MAIN))}" for i, system in enumerate(SYSTEMS)}  # in all pictures; variants share one
 
 
@@ -62,7 +62,7 @@ def timed(done: dict, scale: str = "small") -> dict[str, dict]:
     for system in ranking(done, scale):
         for row in reversed(epochs(done, system, scale)):  # the better one, if both were
             found.setdefault(device(row), {})[system] = row
-    return max(found.values(), key=len, default={})
+    return found[max(found, key=lambda name: (len(found[name]), name))] if found else {}
 
 
 def device_of(rows: dict[str, dict]) -> str:
@@ -85,12 +85,12 @@ def half_intervals(done: dict, scale: str = "small") -> dict[str, float]:
 
 
 def later(done: dict) -> dict[str, dict[str, list[dict]]]:
-    """What came after the small epochs, by what is different and by system, a row for each seed, the lowest loss first:
-    as many operations as Hymba, four epochs, the large scale."""
+    """What came after the small epochs, by what is different and by system, the lowest loss first: as many operations
+    as Hymba, four epochs, and the large scale, which has a row for each seed."""
     found = {name: {} for name in LATER.values()}
     rows = [(key, row) for key, row in done.items() if key[2] in LATER and row["val_loss"]]
     for (_, system, stage, *_), row in sorted(rows, key=lambda pair: pair[1]["val_loss"]):
-        found[LATER[stage]][system] = [row]
+        found[LATER[stage]].setdefault(system, [row])
     return found | {"large": ranking(done, "large")}
 
 
@@ -150,9 +150,9 @@ def table(done: dict) -> str:
 
 
 def later_table(done: dict) -> str:
-    """A line for each system of what came after the small epochs, beside their mean: the means over seeds of loss (and
-    half its confidence interval) and bits per byte, and what else is known of the first seed. Speeds of those that had
-    a GPU to themselves, at the large scale on one device."""
+    """A line for each system of what came after the small epochs, beside the mean of those: the means over seeds of
+    loss (and half its confidence interval) and bits per byte, and what else is known of the first seed. Speeds of those
+    that had a GPU to themselves, at the large scale on one device."""
     heads = ["what", "system", "rate", "seeds", "loss", "+/-", "small epoch", "bits per byte", "within", "beyond"]
     heads += ["needle", "active parameters, M", "training, GFLOPs a token", "device", "training, tokens/s"]
     ranked, halves, speeds = ranking(done), half_intervals(done, "large"), timed(done, "large")
@@ -164,9 +164,10 @@ def later_table(done: dict) -> str:
             cells += [f"{half:.3f}" if half else "", f"{mean_loss(ranked[system]):.3f}" if system in ranked else ""]
             cells += [f"{value:.3f}" for value in (statistics.mean(r["val_bpb"] for r in rows), *reach(first))]
             cells += [f"{needle(first):.2f}", f"{parameters(cost.meta_model(config_fields(first['flags']))) / 1e6:.2f}"]
-            speed = speeds.get(system, {}) if name == "large" else first if "decode_tokens_per_s" in first else {}
-            cells += [f"{operations(first) / 1e9:.3f}", device(speed) if speed else ""]
-            lines.append(cells + [f"{speed[f'{key}tokens_per_s']:,.0f}" if speed else "" for key in ("", "decode_")])
+            speed = speeds.get(system, {}) if name == "large" else first
+            alone = "decode_tokens_per_s" in speed
+            cells += [f"{operations(first) / 1e9:.3f}", device(speed) if alone else ""]
+            lines.append(cells + [f"{speed[f'{key}tokens_per_s']:,.0f}" if alone else "" for key in ("", "decode_")])
     return markdown(lines)
 
 
@@ -209,14 +210,14 @@ def draw_curves(ax, done: dict, seconds: bool) -> None:
 def draw_against(ax, points: dict[str, tuple[float, float]], x: str, y: str) -> None:
     for i, (system, point) in enumerate(points.items()):
         ax.plot(*point, "o", color=COLORS[system])
-        side = {"ha": "right", "xytext": (-5, 3)} if i % 2 else {"ha": "left", "xytext": (5, -9)}  # neighbours apart
+        side = {"ha": "right", "xytext": (-5, 3)} if i % 2 else {"ha": "left", "xytext": (5, -9)}  # in turn
         ax.annotate(system, point, textcoords="offset points", fontsize="small", **side)
     ax.margins(x=0.2)  # for the names at the edges
     ax.set(xscale="log", xlabel=x, ylabel=y)
 
 
 def draw_throughput(ax, done: dict) -> None:
-    """All systems; variants of Hymba, which lie close together, have no names."""
+    """All systems; variants of Hymba, which are many, have no names."""
     rows, speeds = ranking(done), timed(done)
     points = {s: (v, mean_loss(rows[s])) for s, row in speeds.items() if (v := row.get("decode_tokens_per_s"))}
     variants = [points.pop(s) for s in [*points] if s not in MAIN and s.startswith("hymba")]
@@ -232,20 +233,22 @@ def draw_recall(ax, done: dict) -> None:
     draw_against(ax, points, "cache of one record, KB", "accuracy of recall, mean over 4 to 256 pairs")
 
 
-def draw_pairs(ax, done: dict) -> None:
-    for system in MAIN:
-        if runs := best_recall(done, system):
-            shares = {int(n): statistics.mean(r["pairs"][n]["accuracy"] for r in runs) for n in runs[0]["pairs"]}
-            ax.plot(shares.keys(), shares.values(), "o-", color=COLORS[system], label=system)
-            doublings(ax, list(shares))
-    ax.set(xlabel="pairs", ylabel="accuracy of recall")
-
-
-def doublings(ax, ticks: list[int]) -> None:
+def number_axis(ax, ticks: list[int]) -> None:
     """A logarithmic axis with these numbers."""
     ax.set_xscale("log")
     ax.set_xticks(ticks, labels=[f"{tick:,}" for tick in ticks])
     ax.set_xticks([], minor=True)
+
+
+def draw_pairs(ax, done: dict) -> None:
+    ticks = []
+    for system in MAIN:
+        if runs := best_recall(done, system):
+            shares = {int(n): statistics.mean(r["pairs"][n]["accuracy"] for r in runs) for n in runs[0]["pairs"]}
+            ax.plot(shares.keys(), shares.values(), "o-", color=COLORS[system], label=system)
+            ticks = list(shares)
+    number_axis(ax, ticks)
+    ax.set(xlabel="pairs", ylabel="accuracy of recall")
 
 
 def draw_positions(ax, done: dict) -> None:
@@ -258,7 +261,7 @@ def draw_positions(ax, done: dict) -> None:
             ax.plot(middles, result["by_position"], COLORS[system], label=system)
             low = min(low, *result["by_position"])
     ax.axvline(length, color="0.5", ls=":")
-    doublings(ax, [8 * length >> i for i in range(7)])
+    number_axis(ax, [length * 2**i // 8 for i in range(7)])
     ax.set(xlim=(length / 10, 8 * length), xlabel="position (dotted: the training length)")
     ax.set(ylim=(low - 0.1, low + 1) if low < math.inf else None, ylabel="loss, nats per token")
 
@@ -282,26 +285,27 @@ def draw_reach(ax, done: dict) -> None:
 
 
 def draw_needle(ax, done: dict) -> None:
-    length = SCALES["small"].flags["block_size"]
+    length, ticks = SCALES["small"].flags["block_size"], []
     for system, runs in ranking(done).items():
         if system in DRAWN:
             found = needles(runs[0])
             ax.plot(found.keys(), found.values(), "o-", color=COLORS[system], label=system)
-            doublings(ax, list(found))
+            ticks = list(found)
     ax.axvline(length, color="0.5", ls=":")
+    number_axis(ax, ticks)
     ax.set(xlabel="tokens of text (dotted: the training length)", ylabel="needle found")
 
 
 def draw_ladder(ax, done: dict) -> None:
-    """The paper's accuracies against our loss, for the systems that its Table 1 has."""
-    rows = ranking(done)
-    here = [system for system in PAPER if system in rows]
+    """The paper's accuracies against our loss, for the systems that its Table 1 has, whose names are at recall."""
+    losses = {system: mean_loss(rows) for system, rows in ranking(done).items() if system in PAPER}
     for i, name in enumerate(("general tasks", "recall tasks")):
-        points = {system: (mean_loss(rows[system]), PAPER[system][i]) for system in here}
-        ax.plot(*zip(*points.values(), strict=True), "so"[i], color=f"C{i}", label=f"{name}, the paper's")
-        for k, (system, point) in enumerate(sorted(points.items(), key=lambda pair: pair[1])):
-            ax.annotate(system, point, (4, (4, -10)[k % 2]), textcoords="offset points", fontsize="x-small")
-    ax.margins(x=0.15)  # for the last name
+        accuracies = [PAPER[system][i] for system in losses]
+        ax.scatter(list(losses.values()), accuracies, marker="so"[i], color=f"C{i}", label=f"{name}, the paper's")
+    for k, (system, loss) in enumerate(losses.items()):
+        side = {"ha": "right", "xytext": (-5, 4)} if k % 2 == 0 else {"ha": "left", "xytext": (5, -8)}
+        ax.annotate(system, (loss, PAPER[system][1]), textcoords="offset points", fontsize="small", **side)
+    ax.margins(x=0.2)  # for the names at the edges
     ax.set(xlabel="validation loss here, nats per token", ylabel="accuracy in the paper's Table 1, %")
 
 
@@ -357,7 +361,9 @@ def main(done: dict, folder: Path) -> None:
         fig.tight_layout()
         pictures.save(plt, folder / f"{name}.png")
     long, names = later(done)["four epochs"].items(), [f"{name}.png" for name in PICTURES]
-    if models := {s: {"pattern": r["flags"]["pattern"], "texts": {"": {"blocks": r["attention"]}}} for s, (r,) in long}:
+    if models := {
+        s: {"pattern": r["flags"]["pattern"], "texts": {"": {"blocks": r["attention"]}}} for s, (r, *_) in long
+    }:
         pictures.draw_attention(plt, models)
         plt.tight_layout()
         pictures.save(plt, folder / "attention.png")

@@ -86,10 +86,12 @@ THIRD = ("hymba", "hymba-no-meta", "hymba-mamba-first")  # a third seed: the var
 
 @dataclass(frozen=True)
 class Scale:
-    """What all systems of one size share: flags, and how many parameters work on a token, embeddings not counted."""
+    """What all systems of one size share: flags, how many parameters work on a token, embeddings not counted, and the
+    share of the small scale's learning rates (half of them when twice as wide)."""
 
     parameters: int
     flags: dict
+    rate: float = 1.0
 
     def steps(self, tokens: float) -> int:
         return round(tokens / (self.flags["batch_size"] * self.flags["block_size"]))
@@ -100,7 +102,7 @@ SIZES = ("n_layer", "n_embd", "n_head", "n_kv_head", "block_size", "window", "ba
 RECORDS = {"dataset": "recall", "data_command": "python recall.py", "vocab_size": 2048, "eval_windows": 448}
 SCALES = {
     "small": Scale(14_000_000, SHARED | dict(zip(SIZES, (12, 256, 4, 2, 1024, 256, 32), strict=True))),
-    "large": Scale(56_000_000, SHARED | dict(zip(SIZES, (12, 512, 8, 4, 2048, 512, 16), strict=True))),
+    "large": Scale(56_000_000, SHARED | dict(zip(SIZES, (12, 512, 8, 4, 2048, 512, 16), strict=True)), 0.5),
     "recall": Scale(1_100_000, SHARED | dict(zip(SIZES, (4, 128, 4, 2, 1024, 64, 16), strict=True)) | RECORDS),
 }
 EPOCH, TRIAL, RECALL = 97e6, 25e6, 262e6  # tokens of the corpus, of a trial of a learning rate, and of a run of recall
@@ -199,22 +201,30 @@ def trials(done: dict, system: str) -> tuple[list[float], list[float]]:
         rates = [best / 2, *rates] if best == rates[0] else [*rates, 2 * best]
 
 
-def epoch_rates(done: dict, system: str) -> list[float]:
+def epoch_rates(done: dict, system: str, scale: str = "small") -> list[float]:
     """The two rates of a system's epochs: the best of its trials, or of those of the system that it is a variant of;
     zeros while they are not known."""
-    return trials(done, system if system in MAIN else system.split("-")[0])[1] or [0.0, 0.0]
+    found = trials(done, system if system in MAIN else system.split("-")[0])[1] or [0.0, 0.0]
+    return [rate * SCALES[scale].rate for rate in found]
+
+
+def better_rate(done: dict, system: str, scale: str = "small") -> float:
+    """The rate at which the first seed of a system's epochs ended lower; 0 while one is missing."""
+    known = all((scale, system, "epoch", rate, 1) in done for rate in epoch_rates(done, system, scale))
+    return next((row["learning_rate"] for row in epochs(done, system, scale) if known), 0.0)
 
 
 def plans(done: dict) -> Iterator[Plan]:
     """All runs of the study, the most important first."""
     rates = {system: epoch_rates(done, system) for system in SYSTEMS}
-    known = {s for s in SYSTEMS if all(("small", s, "epoch", rate, 1) in done for rate in rates[s])}
-    firsts = {system: rows[0] for system, rows in ranking(done).items()}  # first seeds, at the better rate
-    best = {s: firsts[s]["learning_rate"] if s in known & firsts.keys() else 0.0 for s in SYSTEMS}  # 0: not known
+    known = all(("small", s, "epoch", rate, 1) in done for s in SYSTEMS for rate in rates[s])
+    best = {s: better_rate(done, s) for s in SYSTEMS}
     other = {s: max(rates[s], key=lambda rate: rate != best[s]) if best[s] else 0.0 for s in SYSTEMS}
-    winner = min(firsts, key=lambda s: firsts[s]["val_loss"]) if known == SYSTEMS.keys() and firsts else "hymba"
+    firsts = {s: rows[0]["val_loss"] for s in SYSTEMS if (rows := epochs(done, s))}
+    winner = min(firsts, key=firsts.get) if known and firsts else "hymba"
     variants = [system for system in SYSTEMS if system not in MAIN]
     large = list(dict.fromkeys([winner, "hymba", "transformer", "inter", "mamba"]))
+    late = [system for system in ["hymba-full-second"] if system not in large]  # does what helps at the small scale?
     for system in MAIN:
         for rate in trials(done, system)[0]:
             yield Plan(system, "small", "rate", TRIAL, rate)
@@ -233,7 +243,7 @@ def plans(done: dict) -> Iterator[Plan]:
         yield Plan(system, "small", "long", 4 * EPOCH, best[system])
     for pick in (best, other):
         for system in large:
-            yield Plan(system, "large", "epoch", 2 * EPOCH, pick[system] / 2)  # twice as wide: half the rate
+            yield Plan(system, "large", "epoch", 2 * EPOCH, pick[system] * SCALES["large"].rate)
     for rate, seed in zip(RECALL_RATES, (2, 1), strict=True):
         for system in MAIN:
             yield Plan(system, "recall", "recall", RECALL, rate, seed)
@@ -243,17 +253,16 @@ def plans(done: dict) -> Iterator[Plan]:
             yield Plan(system, "small", "epoch", EPOCH, best[system], seed)
     for seed in (2, 3):  # the first seed without meta tokens had not learned to use long context at this rate
         yield Plan("hymba-no-meta", "small", "epoch", EPOCH, other["hymba-no-meta"], seed)
-    for pick in (best, other):  # what Hymba may be behind for
-        yield Plan("hymba-full-second", "large", "epoch", 2 * EPOCH, pick["hymba-full-second"] / 2)
-    for system in [*large, "hymba-full-second"]:
-        both = epochs(done, system, "large")
-        yield Plan(system, "large", "epoch", 2 * EPOCH, both[0]["learning_rate"] if len(both) == 2 else 0.0, seed=2)
+    for pick in (best, other):
+        for system in late:
+            yield Plan(system, "large", "epoch", 2 * EPOCH, pick[system] * SCALES["large"].rate)
+    for system in [*large, *late]:
+        yield Plan(system, "large", "epoch", 2 * EPOCH, better_rate(done, system, "large"), seed=2)
 
 
 def epochs(done: dict, system: str, scale: str = "small") -> list[dict]:
     """First seeds of a system's epochs at a scale that did not diverge, the one that ended lower first."""
-    rates = [rate / 2 if scale == "large" else rate for rate in epoch_rates(done, system)]
-    found = [done.get((scale, system, "epoch", rate, 1)) for rate in rates]
+    found = [done.get((scale, system, "epoch", rate, 1)) for rate in epoch_rates(done, system, scale)]
     return sorted((r for r in found if r and r["val_loss"]), key=lambda r: r["val_loss"])
 
 

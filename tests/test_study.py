@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import statistics
 import threading
 import time
 from concurrent import futures
@@ -72,15 +73,10 @@ def test_the_study_ends_and_repeats_nothing():
     large = [(p.system, p.learning_rate, p.seed) for p in order if p.scale == "large"]
     better = {"hymba-no-meta": 0.5e-3, "hymba": 1e-3, "transformer": 0.125e-3, "inter": 1e-3, "mamba": 8e-3}
     worse = {"hymba-no-meta": 1e-3, "hymba": 0.5e-3, "transformer": 0.25e-3, "inter": 0.5e-3, "mamba": 4e-3}
-    late = [("hymba-full-second", rate, 1) for rate in (1e-3, 0.5e-3)]
-    first = [(*pair, 1) for pair in [*better.items(), *worse.items()]]
+    first = [*better.items(), *worse.items(), ("hymba-full-second", 1e-3), ("hymba-full-second", 0.5e-3)]
     ended = {"hymba-no-meta": 1e-3, "hymba": 1e-3, "transformer": 0.25e-3, "inter": 1e-3, "mamba": 8e-3}
-    assert large == [
-        *first,
-        *late,
-        *((system, rate, 2) for system, rate in ended.items()),
-        ("hymba-full-second", 1e-3, 2),
-    ]
+    second = [*ended.items(), ("hymba-full-second", 1e-3)]
+    assert large == [(*pair, 1) for pair in first] + [(*pair, 2) for pair in second] and order[-1].scale == "large"
     found = {(p.learning_rate, p.seed) for p in order if p.key[:2] == ("recall", "hymba")}
     assert found == {(3e-3, 1), (3e-3, 2), (6e-3, 1)}
     for rate in (2e-3, 1e-3):  # both epochs of a system that is not among these
@@ -89,13 +85,13 @@ def test_the_study_ends_and_repeats_nothing():
     diverged = {k: r | {"val_loss": None if k[3] == 2e-3 else r["val_loss"]} for k, r in done.items()}
     assert 2e-3 not in study.trials(diverged, "hymba")[1]
     del done["small", "hymba", "epoch", 1e-3, 1]  # while it runs, the better rate is not known
-    assert [p.learning_rate for p in study.plans(done) if p.name.startswith("small-hymba-epoch-") and p.seed == 2] == [
-        0
-    ]
+    seeds = [p.learning_rate for p in study.plans(done) if p.key[:3] + p.key[4:] == ("small", "hymba", "epoch", 2)]
+    assert seeds == [0]
     assert {p.system for p in study.plans(done) if p.stage == "long"} == {"hymba", "transformer", "inter", "intra"}
     del done["large", "inter", "epoch", 1e-3, 1]
+    done["large", "mamba", "epoch", 8e-3, 1]["val_loss"] = None  # the other rate is the better one
     wide = {p.system: p.learning_rate for p in study.plans(done) if (p.scale, p.seed) == ("large", 2)}
-    assert not wide["inter"] and wide["transformer"]
+    assert (wide["inter"], wide["mamba"], wide["transformer"]) == (0, 4e-3, 0.25e-3)
 
 
 def test_how_long_a_run_takes():
@@ -423,8 +419,8 @@ def test_tables_and_pictures(tmp_path, capsys):
 
 
 def test_what_came_after_the_small_epochs():
-    """A line and a point for each run, the lowest loss first, beside the mean of the system's epochs; one that diverged
-    has none. Speeds only of runs that had a GPU to themselves."""
+    """A line and a point for each system, the lowest loss first, beside the mean of its epochs; what diverged has none.
+    Speeds only of runs that had a GPU to themselves."""
     plt = pytest.importorskip("matplotlib.pyplot")
     plans = [plan for system in ("transformer", "hymba") for plan in plans_of(system)]
     done = {p.key: made_up(p, 1.5 + abs(p.learning_rate - 1e-3) + p.seed / 100) for p in plans}
@@ -433,7 +429,9 @@ def test_what_came_after_the_small_epochs():
     for system, scale, stage, loss in runs:
         plan = study.Plan(system, scale, stage, 4e8, 1e-3)
         done[plan.key] = made_up(plan, loss) if loss else made_up(plan, 9.0) | {"val_loss": None}
-    one, other = (rate / 2 for rate in study.epoch_rates(done, "hymba"))
+    worse = study.Plan("transformer", "small", "long", 4e8, 2e-3)
+    done[worse.key] = made_up(worse, 1.4)  # of two runs, the better one counts
+    one, other = study.epoch_rates(done, "hymba", "large")
     for rate, seed, loss in ((one, 1, 1.24), (other, 1, 1.26), (one, 2, 1.26), (other, 2, 1.0), (8e-3, 1, 1.0)):
         plan = study.Plan("hymba", "large", "epoch", 4e8, rate, seed)  # first seeds at the two rates decide
         done[plan.key] = made_up(plan, loss) | {"tokens_per_s": 5e5}
@@ -447,6 +445,9 @@ def test_what_came_after_the_small_epochs():
     assert lines[3][13:] == ["", "", " |"] and lines[5][:5] == ["| large", "hymba", f"{one:g}", "2", "1.250"]
     assert float(lines[5][11]) == pytest.approx(56, rel=0.01)
     assert lines[5][13:15] == ["H100", "500,000"]  # of its two devices, that on which more systems were timed
+    for row in done.values():
+        row.pop("decode_tokens_per_s", None)
+    assert all(line.endswith("|  |  |  |") for line in figures.later_table(done).splitlines()[2:])  # not on a GPU
     figures.draw_later(axes := plt.figure().add_subplot(), done)
     ends = {text.get_text(): (text.xy, line.get_xydata()) for text, line in zip(axes.texts, axes.lines, strict=True)}
     assert ends["hymba, large"][0][1] == 1.25 and ends["hymba, large"][1][0, 1] == pytest.approx(1.515)
@@ -478,6 +479,17 @@ def test_confidence_intervals():
     t, sd = 2.365, math.sqrt(squares / 7)
     assert figures.half_intervals(done)["hymba"] == pytest.approx(t * sd / math.sqrt(3), rel=0.01)
     assert "| 3 | 1.523 | 0.0" in figures.table(done)
+    assert "+/- | small epoch" in figures.later_table(done)
+    for system in systems[:5]:  # at the large scale, 0.02 apart
+        for seed in (1, 2):
+            rate = study.epoch_rates(done, system, "large")[0]
+            plan = study.Plan(system, "large", "epoch", 2 * study.EPOCH, rate, seed)
+            done[plan.key] = made_up(plan, 1.4 + seed / 50)
+    halves = figures.half_intervals(done, "large")
+    assert halves == pytest.approx(dict.fromkeys(systems[:5], 2.571 * 0.02 / 2), rel=0.01)
+    for line in figures.later_table(done).splitlines()[2:]:
+        cells = line.split(" | ")
+        assert cells[3:6] + cells[7:8] == ["2", "1.430", f"{halves[cells[1]]:.3f}", "0.715"]
     one = {key: row for key, row in done.items() if key[4] == 1}
     assert figures.half_intervals(one) == {} and "| 1 | 1.510 |  | 0.755 |" in figures.table(one)
 
@@ -519,6 +531,26 @@ def test_the_page_says_what_the_runs_say():
         numbers += [f"{figures.needle(first):.2f}", f"{figures.cache_mb(first):.1f}"]
         for number in numbers:
             assert all(re.search(rf"\| {number}[*, (|]", line) for line in found), (system, number)
+    names = {"intra-layer": "intra-scattered", "inter-layer": "inter"}
+    names |= {name: name.lower() for name in ("Hymba", "Transformer", "Mamba")}
+    start = next(i for i, line in enumerate(lines) if line.startswith("| | rate | loss | bits per byte"))
+    speeds, wide = figures.timed(done, "large"), study.ranking(done, "large")
+    for better, other in zip(lines[start + 2 :: 2], lines[start + 3 :: 2], strict=False):
+        if not better.startswith("| "):
+            break
+        system = names.pop(better.split(" | ")[0].strip("| "))
+        first, second = study.epochs(done, system, "large")
+        for line, seeds in ((better, wide[system]), (other, [second])):
+            row, found = seeds[0], figures.needles(seeds[0])
+            cells = [f"{row['learning_rate']:g}", f"{study.mean_loss(seeds):.3f}"]
+            cells += [f"{x:.3f}" for x in (statistics.mean(r["val_bpb"] for r in seeds), *figures.reach(row))]
+            cells += [f"{found[length]:.2f}" for length in (1024, 2048, 4096)]
+            cells += [f"{row['texts'][name]['loss']:.2f}" for name in ("wikitext2_test.txt", "tinyshakespeare.txt")]
+            if line == better:
+                cells += [f"{round(speeds[system]['tokens_per_s'], -3):,.0f}"]
+                cells += [f"{round(speeds[system]['decode_tokens_per_s'], -2):,.0f}", f"{figures.cache_mb(first):.1f}"]
+            assert line.strip("| ").split(" | ")[1 : len(cells) + 1] == cells, line
+    assert not names
     rows = {
         "intra-layer": "intra-scattered",
         "Hymba, first block Mamba, second `H`": "hymba-full-second",
@@ -562,6 +594,36 @@ def test_speeds_are_those_on_one_device():
     found = made_up(variant, 3.0) | {"needle": {"lengths": [1024], "choice": [[1.0]]}}  # the worst, and finds all
     figures.draw_reach(axes := plt.figure().add_subplot(), done | {variant.key: found})
     assert len(axes.collections) == 5 and sorted(text.get_text() for text in axes.texts) == sorted(figures.timed(done))
+    plt.close("all")
+
+
+def test_pictures_of_the_study():
+    """Which systems they have, at which points, and what their axes show."""
+    plt = pytest.importorskip("matplotlib.pyplot")
+    plans = [plan for system in ("transformer", "mamba", "intra") for plan in plans_of(system)]
+    done = {plan.key: made_up(plan, 1.5 + abs(plan.learning_rate - 1e-3)) for plan in plans}
+    for i, system in enumerate(("intra-scattered", "intra-sandwich")):
+        plan = study.Plan(system, "small", "epoch", study.EPOCH, 1e-3)
+        done[plan.key] = made_up(plan, 1.6 + i)
+    drawn = ["transformer", "mamba", "intra", "intra-scattered"]  # one variant, and no other
+    for draw in (figures.draw_positions, figures.draw_needle):
+        draw(axes := plt.figure().add_subplot(), done)
+        assert axes.get_legend_handles_labels()[1] == drawn
+        assert [1024, 1024] in [[*line.get_xdata()] for line in axes.lines]
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["256", "1,024"] and axes.get_xscale() == "log"
+    figures.draw_positions(axes := plt.figure().add_subplot(), done)
+    assert axes.get_xlim() == (102.4, 8192) and axes.get_ylim() == (0.9, 2)  # the lowest loss is 1
+    assert [text.get_text() for text in axes.get_xticklabels()][0] == "128" and not axes.get_xticks(minor=True).size
+    figures.draw_ladder(axes := plt.figure().add_subplot(), done)
+    general, recall = (points.get_offsets().tolist() for points in axes.collections)
+    paper = {system: figures.PAPER[system] for system in ("transformer", "mamba", "intra")}
+    assert sorted(general) == sorted([1.5, accuracy] for accuracy, _ in paper.values())
+    assert {text.get_text(): list(text.xy) for text in axes.texts} == {
+        s: [1.5, recall] for s, (_, recall) in paper.items()
+    }
+    assert sorted(recall) == sorted([1.5, accuracy] for _, accuracy in paper.values())
+    for draw in figures.PICTURES.values():
+        draw(plt.figure().add_subplot(), {})
     plt.close("all")
 
 
