@@ -427,23 +427,25 @@ def test_a_picture_of_attention():
     share, memory = {"meta": 0.5, "first": 0.25, "self": 0.25, "others": 0.0}, {"10%": 1.0, "50%": 4.0, "90%": 9.0}
     t = nothing | {"share": share, "meta": [0.125, 0.375], "attn": 2.0}
     m = nothing | {"ssm": 3.0, "memory": memory}
-    models = {"a": {"pattern": "TM", "texts": {"x": {"blocks": [t, m]}}}}
+    models = {"a": {"pattern": "TTM", "texts": {"x": {"blocks": [t, t | {"meta": [0.25, 0.25]}, m]}}}}
     models["b"] = {"pattern": "M", "texts": {"x": {"blocks": [m]}}}
     pictures.draw_attention(plt, models)
     axes = np.array(plt.gcf().axes).reshape(2, 4)
     assert [[ax.get_visible() for ax in row] for row in axes] == [[True] * 4, [False, True, True, False]]
     shares, sizes, memories, meta = axes[0]
-    assert [bar.get_height() for bar in shares.patches] == [0.5, 0, 0.25, 0, 0.25, 0, 0, 0]
-    assert [bar.get_height() for bar in meta.patches] == [0.125, 0.375]
+    assert [bar.get_height() for bar in shares.patches] == [0.5, 0.5, 0, 0.25, 0.25, 0, 0.25, 0.25, 0, 0, 0, 0]
+    assert [label.get_text() for label in shares.get_xticklabels()] == ["T", "T", "M"]
+    assert [bar.get_height() for bar in meta.patches] == [0.1875, 0.3125]  # means over blocks
     lines = {line.get_label(): line.get_ydata() for line in sizes.lines}
-    assert np.allclose(lines["attn"], [2, math.nan], equal_nan=True)
-    assert np.allclose(lines["ssm"], [math.nan, 3], equal_nan=True) and len(lines) == 2
-    assert memories.lines[0].get_xydata().tolist() == [[1, 4]] and memories.collections[0].get_segments()[0][1, 1] == 9
+    assert np.allclose(lines["attn"], [2, 2, math.nan], equal_nan=True)
+    assert np.allclose(lines["ssm"], [math.nan, math.nan, 3], equal_nan=True) and len(lines) == 2
+    assert memories.lines[0].get_xydata().tolist() == [[2, 4]] and memories.collections[0].get_segments()[0][1, 1] == 9
     assert axes[0, 0].get_ylabel() == "a" and axes[1, 1].get_ylabel() == "b"
-    texts = {"p/x.py": models["a"]["texts"]["x"], "y.md": {"blocks": [t | {"meta": [0.5, 0.25]}, m]}}
-    pictures.draw_attention(plt, {"a": {"pattern": "TM", "texts": texts}})
+    texts = {"p/x.py": models["a"]["texts"]["x"], "y.md": {"blocks": [t | {"meta": [0.5, 0.25]}, t, m]}}
+    pictures.draw_attention(plt, {"a": {"pattern": "TTM", "texts": texts}})
     *_, meta, colours = plt.gcf().axes
-    assert meta.images[0].get_array().tolist() == [[0.125, 0.375], [0.5, 0.25]] and colours.get_ylim() == (0, 0.5)
+    assert meta.images[0].get_array().tolist() == [[0.1875, 0.3125], [0.3125, 0.3125]]
+    assert colours.get_ylim() == (0, 0.3125) and axes[0, 3].get_title() == "share of each meta token"
     assert [label.get_text() for label in meta.get_yticklabels()] == ["x.py", "y.md"]
     plt.close("all")
 
