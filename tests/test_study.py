@@ -77,6 +77,9 @@ def test_the_study_ends_and_repeats_nothing():
     ended = {"hymba-no-meta": 1e-3, "hymba": 1e-3, "transformer": 0.25e-3, "inter": 1e-3, "mamba": 8e-3}
     second = [*ended.items(), ("hymba-full-second", 1e-3)]
     assert large == [(*pair, 1) for pair in first] + [(*pair, 2) for pair in second] and order[-1].scale == "large"
+    won = {key: row | {"val_loss": 0.1} for key, row in done.items() if key[1] == "hymba-full-second"}
+    names = [plan.name for plan in study.plans(done | won)]  # also if this one is the best of all
+    assert len(set(names)) == len(names)
     found = {(p.learning_rate, p.seed) for p in order if p.key[:2] == ("recall", "hymba")}
     assert found == {(3e-3, 1), (3e-3, 2), (6e-3, 1)}
     for rate in (2e-3, 1e-3):  # both epochs of a system that is not among these
@@ -445,6 +448,8 @@ def test_what_came_after_the_small_epochs():
     assert lines[3][13:] == ["", "", " |"] and lines[5][:5] == ["| large", "hymba", f"{one:g}", "2", "1.250"]
     assert float(lines[5][11]) == pytest.approx(56, rel=0.01)
     assert lines[5][13:15] == ["H100", "500,000"]  # of its two devices, that on which more systems were timed
+    alone = {key: row for key, row in done.items() if key != plan.key}  # without the transformer, one on each
+    assert figures.device_of(figures.timed(alone, "large")) == "H200"
     for row in done.values():
         row.pop("decode_tokens_per_s", None)
     assert all(line.endswith("|  |  |  |") for line in figures.later_table(done).splitlines()[2:])  # not on a GPU
