@@ -454,13 +454,26 @@ def is_result(file: Path) -> bool:
     return isinstance(found, dict) and {"task", "flags", "models"} <= found.keys()
 
 
-def output(args: Namespace, first: str) -> Path:
+def claim(file: Path, nothing: dict) -> bool:
+    """Whether neither a file nor its picture was there. The file now is: another call may be looking for a name."""
+    if file.with_suffix(".png").exists():
+        return False
+    try:
+        with naming(file), file.open("x") as f:
+            json.dump(nothing, f)
+    except FileExistsError:
+        return False
+    return True
+
+
+def output(args: Namespace, first: str, nothing: dict) -> Path:
     """The JSON file to write, in a folder where that can be done: --out, which may replace results and their picture
-    but no other file, or a new one. Raises ValueError or OSError."""
-    folder = Path(first) if Path(first).name not in ("", "..") else Path(first).resolve()  # "." has a name, too
-    usual = (folder.parent if folder.exists() else Path()) / f"{folder.name}_{args.task}"
-    names = (usual.with_name(f"{usual.name}{f'_{n}' if n > 1 else ''}.json") for n in itertools.count(1))
-    out = args.out or next(name for name in names if not (name.exists() or name.with_suffix(".png").exists()))
+    but no other file, or a new one, which is made. Raises ValueError or OSError."""
+    if not (out := args.out):
+        folder = Path(first) if Path(first).name not in ("", "..") else Path(first).resolve()  # "." has a name, too
+        usual = (folder.parent if folder.exists() else Path()) / f"{folder.name}_{args.task}"
+        names = (usual.with_name(f"{usual.name}{f'_{n}' if n > 1 else ''}.json") for n in itertools.count(1))
+        return next(name for name in names if claim(name, nothing))
     check_folders(out.parent)
     if there := next((file for file in (out, out.with_suffix(".png")) if file.is_dir()), None):
         raise ValueError(f"{there} is a folder: give the name of another .json file, --out=FILE")
@@ -504,9 +517,10 @@ def main(argv: list[str]) -> None:
         harness.known_tasks(task_names(args.tasks), args.include)
     if args.kernels == "False":
         ops.use_kernels(False)
-    device, out, models = pick_device(args.device), output(args, names[0]), {}
+    device, models = pick_device(args.device), {}
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else None)
     result = {"task": args.task, "flags": argv, "device": str(device), "torch": torch.__version__, "models": models}
+    out = output(args, names[0], result)
     try:
         for name, (folder, tokenizer, texts) in inputs.items():
             model = checkpoint.load(name, dtype and getattr(torch, dtype), device).eval()
@@ -520,6 +534,8 @@ def main(argv: list[str]) -> None:
         if models:
             pictures.show(args.task, models, out.with_suffix(".png"))
             print(f"the results: {out}")
+        elif not args.out:
+            out.unlink()
 
 
 if __name__ == "__main__":

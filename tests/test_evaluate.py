@@ -380,9 +380,31 @@ def test_what_was_measured_is_not_lost(runs, capsys, monkeypatch):
     assert list(json.loads((runs / "out/lost.json").read_text())["models"]) == [str(a)]
     assert str(a) in printed and "the results: " in printed and not picture.exists()
     monkeypatch.setattr(checkpoint, "load", None)
-    monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: open("/nowhere/x"))
-    with pytest.raises(OSError):  # a folder that cannot be written: said before anything is measured
+    before = sorted((runs / "out").iterdir())
+    with pytest.raises(TypeError):  # nothing was measured
         evaluate.main(["loss", str(a), "--device=cpu"])
+    assert sorted((runs / "out").iterdir()) == before
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: open("/nowhere/x"))
+    monkeypatch.setattr(evaluate, "claim", lambda *args: open("/nowhere/x"))
+    for out in ([], [f"--out={runs / 'new.json'}"]):
+        with pytest.raises(OSError):  # a folder that cannot be written: said before anything is measured
+            evaluate.main(["loss", str(a), "--device=cpu", *out])
+
+
+def test_two_calls_have_two_files(runs, capsys, monkeypatch):
+    """The second call chooses a name while the first one is at work."""
+    load, both = checkpoint.load, []
+
+    def begins(*args):
+        monkeypatch.setattr(checkpoint, "load", load)
+        both.append(run(capsys, "loss", runs / "out/b", "--tokens=96"))
+        return load(*args)
+
+    monkeypatch.setattr(checkpoint, "load", begins)
+    both.append(run(capsys, "loss", runs / "out/b", "--tokens=120"))
+    assert len({printed.splitlines()[-1] for _, printed in both}) == 2  # "the results: FILE"
+    tokens = [result["flags"][-1] for result, _ in both]
+    assert tokens == ["--tokens=96", "--tokens=120"]
 
 
 def test_pictures_show_what_is_there(monkeypatch):
