@@ -455,7 +455,8 @@ def is_result(file: Path) -> bool:
 
 
 def claim(file: Path, nothing: dict) -> bool:
-    """Whether neither a file nor its picture was there. The file now is: another call may be looking for a name."""
+    """Make a new file with `nothing` in it, since another call may be looking for a name. False if there is one, or its
+    picture."""
     if file.with_suffix(".png").exists():
         return False
     try:

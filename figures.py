@@ -207,12 +207,18 @@ def draw_curves(ax, done: dict, seconds: bool) -> None:
     )
 
 
-def draw_against(ax, points: dict[str, tuple[float, float]], x: str, y: str) -> None:
-    for i, (system, point) in enumerate(points.items()):
-        ax.plot(*point, "o", color=COLORS[system])
-        side = {"ha": "right", "xytext": (-5, 3)} if i % 2 else {"ha": "left", "xytext": (5, -9)}  # in turn
-        ax.annotate(system, point, textcoords="offset points", fontsize="small", **side)
+def draw_names(ax, points: dict[str, tuple[float, float]]) -> None:
+    """The names of points, below to the right and above to the left in turn."""
+    for i, (name, point) in enumerate(points.items()):
+        side = {"ha": "right", "xytext": (-5, 3)} if i % 2 else {"ha": "left", "xytext": (5, -9)}
+        ax.annotate(name, point, textcoords="offset points", fontsize="small", **side)
     ax.margins(x=0.2)  # for the names at the edges
+
+
+def draw_against(ax, points: dict[str, tuple[float, float]], x: str, y: str) -> None:
+    for system, point in points.items():
+        ax.plot(*point, "o", color=COLORS[system])
+    draw_names(ax, points)
     ax.set(xscale="log", xlabel=x, ylabel=y)
 
 
@@ -302,10 +308,7 @@ def draw_ladder(ax, done: dict) -> None:
     for i, name in enumerate(("general tasks", "recall tasks")):
         accuracies = [PAPER[system][i] for system in losses]
         ax.scatter(list(losses.values()), accuracies, marker="so"[i], color=f"C{i}", label=f"{name}, the paper's")
-    for k, (system, loss) in enumerate(losses.items()):
-        side = {"ha": "right", "xytext": (-5, 4)} if k % 2 == 0 else {"ha": "left", "xytext": (5, -8)}
-        ax.annotate(system, (loss, PAPER[system][1]), textcoords="offset points", fontsize="small", **side)
-    ax.margins(x=0.2)  # for the names at the edges
+    draw_names(ax, {system: (loss, PAPER[system][1]) for system, loss in losses.items()})
     ax.set(xlabel="validation loss here, nats per token", ylabel="accuracy in the paper's Table 1, %")
 
 

@@ -224,7 +224,7 @@ def plans(done: dict) -> Iterator[Plan]:
     winner = min(firsts, key=firsts.get) if known and firsts else "hymba"
     variants = [system for system in SYSTEMS if system not in MAIN]
     large = list(dict.fromkeys([winner, "hymba", "transformer", "inter", "mamba"]))
-    late = [system for system in ["hymba-full-second"] if system not in large]  # does what helps at the small scale?
+    late = [system for system in ["hymba-full-second"] if system not in large]  # better than Hymba if small
     for system in MAIN:
         for rate in trials(done, system)[0]:
             yield Plan(system, "small", "rate", TRIAL, rate)

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,14 @@ import bench
 from conftest import TRITON, needs_gpu
 
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KB that a program can have
-# Bytes that a thread may spill, the most of Triton 3.6 to 3.9; with 3.6 on Hopper, none of the scan or of attention
-# spills. Of Mamba-2's backward pass, most are addresses, kept from before the loop over heads
-SPILLS = dict(scan_forward_kernel=96, scan_backward_kernel=176)
+# Bytes that a thread may spill, the most of Triton 3.6 and 3.8; with 3.6 on Hopper, none of these does
+SPILLS = dict(scan_forward_kernel=96, scan_backward_kernel=160)
 SPILLS |= dict(attention_forward=16, attention_backward_q=32, attention_backward_kv=96)
-SPILLS |= dict(ssd_backward_states_kernel=136, ssd_backward_kernel=856)
+# Mamba-2's, the most of Triton 3.6 and 3.8, on Hopper, too. Of the backward pass, most are addresses, kept from
+# before the loop over heads
+SPILLS |= dict(ssd_backward_states_kernel=136, ssd_backward_kernel=768)
+# What other versions spill more, on sm_120 and, the scan, on sm_80
+MORE = {"3.7": dict(ssd_backward_kernel=800), "3.9": dict(scan_backward_kernel=176, ssd_backward_kernel=856)}
 # Where attention's tiles come without the memory accelerator
 BY_POINTERS = SPILLS | dict(attention_forward=160, attention_backward_q=80, attention_backward_kv=240)
 
@@ -36,6 +40,8 @@ def test_every_kernel_compiles(capability, tmp_path):
     launched = set(re.findall(r"^ +(\w+)\[.+\]\(", source, re.M))
     assert launched == {row["kernel"] for row in rows} and len(launched) > 20
     room, spills = SHARED[capability] * 1024, SPILLS if 90 <= capability < 120 else BY_POINTERS
+    if capability in (80, 120):
+        spills = spills | MORE.get(".".join(version("triton").split(".")[:2]), {})
     fits = lambda row: "error" not in row and row["shared"] <= room and row["spills"] <= spills.get(row["kernel"], 0)  # noqa: E731
     assert not [row for row in rows if not fits(row)]
 

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import re
 import statistics
 import threading
 import time
@@ -522,29 +521,44 @@ def test_which_rows_are_shown():
     assert f"| {other:g} | 1.000 at {one:g} |" in figures.table(done)
 
 
+DONE = study.read(ROOT / "results" / "runs.jsonl")
+PAGE = (ROOT / "docs" / "results.md").read_text().splitlines()
+
+
 def test_the_page_says_what_the_runs_say():
-    """Lines of a system in docs/results.md, found by its name or blocks, have its numbers; so has its row in README."""
-    done = study.read(ROOT / "results" / "runs.jsonl")
-    lines = (ROOT / "docs" / "results.md").read_text().splitlines()
-    ranked = study.ranking(done)
-    for system, (first, *others) in ranked.items():
+    """Lines of a system in docs/results.md, found by its name or blocks, have its numbers, and those of a variant of
+    Hymba the loss and the needle of each seed."""
+    for system, (first, *others) in study.ranking(DONE).items():
         blocks = f"| `{first['flags']['pattern']}` |" if system.startswith(("intra-", "inter-")) else "no blocks"
-        names = f"| `{system}` |", f"| `{system.removeprefix('hymba-')}`: ", blocks
-        found = [line for line in lines if any(name in line for name in names)]
+        variant = f"| `{system.removeprefix('hymba-')}`: "
+        found = [line for line in PAGE if any(name in line for name in (f"| `{system}` |", variant, blocks))]
         assert found or system == "transformer-experts", system
-        numbers = [f"{loss:.3f}" for loss in (study.mean_loss([first, *others]), *figures.reach(first))]
-        numbers += [f"{figures.needle(first):.2f}", f"{figures.cache_mb(first):.1f}"]
-        for number in numbers:
-            assert all(re.search(rf"\| {number}[*, (|]", line) for line in found), (system, number)
+        rows = [first, *others]
+        loss, needle = f"{study.mean_loss(rows):.3f}", f"{figures.needle(first):.2f}"
+        seeds = ", ".join(f"{row['val_loss']:.3f}" for row in rows)
+        counted = [f"{figures.needle(row):.2f}" if "needle" in row else "-" for row in rows]
+        if set(counted[1:]) == {"-"}:
+            counted = counted[:1]  # none but the first
+        for line in found:
+            here = [loss, needle]
+            if line.startswith(variant):
+                here = [f"{loss} ({seeds})" if others else loss, ", ".join(counted)]
+            numbers = [*(f"{x:.3f}" for x in figures.reach(first)), f"{figures.cache_mb(first):.1f}"]
+            for number in here + numbers:
+                assert f"| {number} |" in line.replace("* |", " |"), (system, number)
+
+
+def test_the_page_s_large_table():
+    """Of each system the better rate and the other one."""
     names = {"intra-layer": "intra-scattered", "inter-layer": "inter"}
     names |= {name: name.lower() for name in ("Hymba", "Transformer", "Mamba")}
-    start = next(i for i, line in enumerate(lines) if line.startswith("| | rate | loss | bits per byte"))
-    speeds, wide = figures.timed(done, "large"), study.ranking(done, "large")
-    for better, other in zip(lines[start + 2 :: 2], lines[start + 3 :: 2], strict=False):
+    start = next(i for i, line in enumerate(PAGE) if line.startswith("| | rate | loss | bits per byte"))
+    speeds, wide = figures.timed(DONE, "large"), study.ranking(DONE, "large")
+    for better, other in zip(PAGE[start + 2 :: 2], PAGE[start + 3 :: 2], strict=False):
         if not better.startswith("| "):
             break
         system = names.pop(better.split(" | ")[0].strip("| "))
-        first, second = study.epochs(done, system, "large")
+        first, second = study.epochs(DONE, system, "large")
         for line, seeds in ((better, wide[system]), (other, [second])):
             row, found = seeds[0], figures.needles(seeds[0])
             cells = [f"{row['learning_rate']:g}", f"{study.mean_loss(seeds):.3f}"]
@@ -556,15 +570,29 @@ def test_the_page_says_what_the_runs_say():
                 cells += [f"{round(speeds[system]['decode_tokens_per_s'], -2):,.0f}", f"{figures.cache_mb(first):.1f}"]
             assert line.strip("| ").split(" | ")[1 : len(cells) + 1] == cells, line
     assert not names
-    rows = {
-        "intra-layer": "intra-scattered",
-        "Hymba, first block Mamba, second `H`": "hymba-full-second",
-        "Mamba": "mamba",
-    }
+
+
+def test_the_page_s_thresholds():
+    """Differences of means that are significant: by all cases, and without the two that deviate most."""
+    outliers = ("hymba-no-meta", 2e-3), ("hymba-mamba-first", 4e-3)
+    for name, rows in (
+        ("*significant*", DONE),
+        ("*weak*", {k: r for k, r in DONE.items() if (k[1], k[3]) not in outliers}),
+    ):
+        one = figures.half_intervals(rows)["inter"] * 2**0.5  # of one seed: inter has two
+        (line,) = (line for line in PAGE if line.startswith(f"| {name} from |"))
+        seeds = [(3, 3), (2, 3), (2, 2), (1, 3), (1, 2), (1, 1)]
+        assert line.strip("| ").split(" | ")[1:] == [f"{one * (1 / a + 1 / b) ** 0.5:.3f}" for a, b in seeds]
+
+
+def test_readme_says_what_the_runs_say():
+    """Its table has each system's losses and needle."""
+    rows = {"intra-layer": "intra-scattered", "Hymba, first block Mamba, second `H`": "hymba-full-second"}
     rows |= {"inter-layer": "inter", "hybrid heads throughout": "intra", "Hymba": "hymba", "Mamba-2": "mamba2"}
     rows |= {"Hymba with Mamba-2": "hymba-mamba2", "Transformer": "transformer", "sliding windows": "sliding"}
+    rows |= {"Mamba": "mamba"}
     front = (ROOT / "README.md").read_text().partition("| system | blocks |")[2].partition("\n\n")[0].splitlines()[2:]
-    later = figures.later(done)
+    later, ranked = figures.later(DONE), study.ranking(DONE)
     for line in front:
         name, _, *cells = (cell.strip(" |*") for cell in line.strip("| ").split(" | "))
         runs = ranked[system := rows.pop(name)]
