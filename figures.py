@@ -33,7 +33,8 @@ PAPER = {
 
 LATER = {"flops": "same operations", "long": "four epochs"}  # by stage, what came after the small epochs
 DRAWN = [*MAIN, "intra-scattered"]  # in pictures that all systems would crowd
-COLORS = {system: f"C{min(i, len(MAIN))}" for i, system in enumerate(SYSTEMS)}  # in all pictures; variants share one
+COLORS = {system: "C9" if system.startswith("hymba-") else "C8" for system in SYSTEMS}  # in all pictures, of variants
+COLORS |= {system: f"C{i}" for i, system in enumerate(MAIN)}
 
 
 def cache_mb(row: dict) -> float:
@@ -212,7 +213,7 @@ def draw_names(ax, points: dict[str, tuple[float, float]]) -> None:
     for i, (name, point) in enumerate(points.items()):
         side = {"ha": "right", "xytext": (-5, 3)} if i % 2 else {"ha": "left", "xytext": (5, -9)}
         ax.annotate(name, point, textcoords="offset points", fontsize="small", **side)
-    ax.margins(x=0.2)  # for the names at the edges
+    ax.margins(x=0.3)  # for the names at the edges
 
 
 def draw_against(ax, points: dict[str, tuple[float, float]], x: str, y: str) -> None:
@@ -223,10 +224,10 @@ def draw_against(ax, points: dict[str, tuple[float, float]], x: str, y: str) -> 
 
 
 def draw_throughput(ax, done: dict) -> None:
-    """All systems; variants of Hymba, which are many, have no names."""
-    rows, speeds = ranking(done), timed(done)
+    """All systems; variants of Hymba, which are many, have no names, but for what was trained at the large scale."""
+    rows, speeds, named = ranking(done), timed(done), {*MAIN, *ranking(done, "large")}
     points = {s: (v, mean_loss(rows[s])) for s, row in speeds.items() if (v := row.get("decode_tokens_per_s"))}
-    variants = [points.pop(s) for s in [*points] if s not in MAIN and s.startswith("hymba")]
+    variants = [points.pop(s) for s in [*points] if s not in named and s.startswith("hymba")]
     if variants:
         ax.plot(*zip(*variants, strict=True), "o", color="0.7", ms=4, label="Hymba's variants")
     x = f"decoding 64 sequences of 8,192 tokens on one {device_of(speeds)}, tokens/s"
@@ -286,7 +287,7 @@ def draw_reach(ax, done: dict) -> None:
             ax.annotate(system, points[0], textcoords="offset points", fontsize="x-small", **side)
     if ax.collections:
         ax.figure.colorbar(ax.collections[0], label="needle found in 1,024 tokens")
-    ax.margins(x=0.2)  # for the last name
+    ax.margins(x=0.3)  # for the names at the edges
     ax.set(xlabel="loss within the window of 256, nats per token", ylabel="loss beyond it, nats per token")
 
 
@@ -327,7 +328,7 @@ def draw_later(ax, done: dict) -> None:
                 side = {"ha": "left", "xytext": (5, 0)} if right else {"ha": "right", "xytext": (-5, 0)}
                 side["va"] = "bottom" if i % 4 > 1 else "top"
                 ax.annotate(f"{system}, {name}", points[1], textcoords="offset points", fontsize="x-small", **side)
-    ax.margins(x=0.25)  # for the names
+    ax.margins(x=0.35)  # for the names
     ax.set(xscale="log", xlabel="floating-point operations of training", ylabel="validation loss, nats per token")
 
 
