@@ -188,7 +188,8 @@ def draw_rates(ax, done: dict) -> None:
         points = [(r["learning_rate"], r["val_loss"]) for r in rows if r and r["val_loss"]]
         if points:
             ax.plot(*zip(*points, strict=True), "o-", color=COLORS[system], label=system)
-    ax.set(xscale="log", xlabel="learning rate", ylabel=f"validation loss after {TRIAL / 1e6:.0f} M tokens")
+    number_axis(ax, sorted({rate for system in MAIN for rate in trials(done, system)[0]}))
+    ax.set(xlabel="learning rate", ylabel=f"validation loss after {TRIAL / 1e6:.0f} M tokens")
 
 
 def draw_curves(ax, done: dict, seconds: bool) -> None:
@@ -209,11 +210,13 @@ def draw_curves(ax, done: dict, seconds: bool) -> None:
 
 
 def draw_names(ax, points: dict[str, tuple[float, float]]) -> None:
-    """The names of points, below to the right and above to the left in turn."""
+    """The names of points, on the side that faces no neighbour, below and above in turn."""
+    middle = statistics.median([x for x, _ in points.values()] or [0])
     for i, (name, point) in enumerate(points.items()):
-        side = {"ha": "right", "xytext": (-5, 3)} if i % 2 else {"ha": "left", "xytext": (5, -9)}
+        y = 3 if i % 2 else -9
+        side = {"ha": "left", "xytext": (5, y)} if point[0] > middle else {"ha": "right", "xytext": (-5, y)}
         ax.annotate(name, point, textcoords="offset points", fontsize="small", **side)
-    ax.margins(x=0.3)  # for the names at the edges
+    ax.margins(x=0.35, y=0.1)  # for the names at the edges
 
 
 def draw_against(ax, points: dict[str, tuple[float, float]], x: str, y: str) -> None:
@@ -224,8 +227,9 @@ def draw_against(ax, points: dict[str, tuple[float, float]], x: str, y: str) -> 
 
 
 def draw_throughput(ax, done: dict) -> None:
-    """All systems; variants of Hymba, which are many, have no names, but for what was trained at the large scale."""
-    rows, speeds, named = ranking(done), timed(done), {*MAIN, *ranking(done, "large")}
+    """All systems; variants of Hymba, which are many, have no names, but for what was trained at the large scale, and
+    what has more parameters."""
+    rows, speeds, named = ranking(done), timed(done), {*MAIN, *ranking(done, "large"), "hymba-experts"}
     points = {s: (v, mean_loss(rows[s])) for s, row in speeds.items() if (v := row.get("decode_tokens_per_s"))}
     variants = [points.pop(s) for s in [*points] if s not in named and s.startswith("hymba")]
     if variants:
@@ -240,7 +244,7 @@ def draw_recall(ax, done: dict) -> None:
     draw_against(ax, points, "cache of one record, KB", "accuracy of recall, mean over 4 to 256 pairs")
 
 
-def number_axis(ax, ticks: list[int]) -> None:
+def number_axis(ax, ticks: list[float]) -> None:
     """A logarithmic axis with these numbers."""
     ax.set_xscale("log")
     ax.set_xticks(ticks, labels=[f"{tick:,}" for tick in ticks])
@@ -299,8 +303,9 @@ def draw_needle(ax, done: dict) -> None:
             ax.plot(found.keys(), found.values(), "o-", color=COLORS[system], label=system)
             ticks = list(found)
     ax.axvline(length, color="0.5", ls=":")
+    ax.axhline(0.1, color="0.5", ls="--")
     number_axis(ax, ticks)
-    ax.set(xlabel="tokens of text (dotted: the training length)", ylabel="needle found")
+    ax.set(xlabel="tokens of text (dotted: the training length)", ylabel="needle found (dashed: by chance)")
 
 
 def draw_ladder(ax, done: dict) -> None:
@@ -314,11 +319,11 @@ def draw_ladder(ax, done: dict) -> None:
 
 
 def draw_later(ax, done: dict) -> None:
-    """From an epoch at the small scale to four (solid), to as many operations as Hymba (dotted), and to the large scale
-    (dashed)."""
+    """From an epoch at the small scale to four (solid) and to as many operations as Hymba (dotted). Losses at the large
+    scale are of longer context, so its points are by themselves."""
     found, ranked = later(done), ranking(done)
     point = lambda row, loss: (row["tokens"] * operations(row), loss)  # noqa: E731
-    for (name, rows), style in zip(found.items(), ("x:", "o-", "s--"), strict=True):
+    for (name, rows), style in zip(found.items(), ("x:", "o-", "s"), strict=True):
         middle = statistics.median([point(row, 0)[0] for row, *_ in rows.values()] or [0])
         for i, (system, runs) in enumerate(rows.items()):
             if system in ranked:
