@@ -214,6 +214,7 @@ class Driver:
             self.enter(plan, gpu, "over")  # and if it failed, nobody takes it up again
 
     def work(self, gpu: int | None) -> None:
+        """Take up one run after another for a GPU, until there is none, or the time is over."""
         names = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
         env = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": names[gpu] if names else str(gpu)})
         device = "cpu" if gpu is None else torch.cuda.get_device_name(gpu)
