@@ -86,13 +86,9 @@ def half_intervals(done: dict, scale: str = "small") -> dict[str, float]:
 
 
 def later(done: dict) -> dict[str, dict[str, list[dict]]]:
-    """What came after the small epochs, by what is different and by system, the lowest loss first: as many operations
-    as Hymba, four epochs, and the large scale, which has a row for each seed."""
-    found = {name: {} for name in LATER.values()}
-    rows = [(key, row) for key, row in done.items() if key[2] in LATER and row["val_loss"]]
-    for (_, system, stage, *_), row in sorted(rows, key=lambda pair: pair[1]["val_loss"]):
-        found[LATER[stage]].setdefault(system, [row])
-    return found | {"large": ranking(done, "large")}
+    """What came after the small epochs, by what is different and by system, a row for each seed, the lowest mean loss
+    first: as many operations as Hymba, four epochs, and the large scale."""
+    return {name: ranking(done, "small", stage) for stage, name in LATER.items()} | {"large": ranking(done, "large")}
 
 
 def operations(row: dict) -> float:

@@ -71,6 +71,7 @@ SYSTEMS |= {
     "transformer-experts": {"pattern": "T", "n_expert": 8},
     "hymba-experts": HYMBA | {"n_expert": 8},
 }
+ALIKE = ("hymba-mamba-first", "inter-middle", "intra-clustered")  # as others, in the four blocks of recall
 THIRD = ("hymba", "hymba-no-meta", "hymba-mamba-first")  # a third seed: the variants' two were 0.065 and 0.045 apart
 
 
@@ -225,7 +226,8 @@ def plans(done: dict) -> Iterator[Plan]:
             yield Plan(system, "small", "epoch", EPOCH, rate)
     for system in ("transformer", "mamba", "inter"):  # Hymba's own operations are the measure
         yield Plan(system, "small", "flops", EPOCH, best[system])
-    for system in dict.fromkeys([winner, "hymba", "transformer", "inter", "intra"]):
+    long = list(dict.fromkeys([winner, "hymba", "transformer", "inter", "intra"]))
+    for system in long:
         yield Plan(system, "small", "long", 4 * EPOCH, best[system])
     for pick in (best, other):
         for system in large:
@@ -244,21 +246,31 @@ def plans(done: dict) -> Iterator[Plan]:
             yield Plan(system, "large", "epoch", 2 * EPOCH, pick[system] * SCALES["large"].rate)
     for system in [*large, *late]:
         yield Plan(system, "large", "epoch", 2 * EPOCH, better_rate(done, system, "large"), seed=2)
+    # With experts, the size of recall cannot be met within 1%
+    recalling = [system for system in variants if system not in ALIKE and "n_expert" not in SYSTEMS[system]]
+    for system in recalling:
+        yield Plan(system, "recall", "recall", RECALL, RECALL_RATES[0])
+    for systems, seed in ((late, 1), ([*long, *late], 2)):
+        for system in systems:
+            yield Plan(system, "small", "long", 4 * EPOCH, best[system], seed)
+    for rate, seed in zip(RECALL_RATES, (2, 1), strict=True):
+        for system in recalling:
+            yield Plan(system, "recall", "recall", RECALL, rate, seed)
 
 
-def epochs(done: dict, system: str, scale: str = "small") -> list[dict]:
-    """First seeds of a system's epochs at a scale that did not diverge, the one that ended lower first."""
-    found = [done.get((scale, system, "epoch", rate, 1)) for rate in epoch_rates(done, system, scale)]
+def epochs(done: dict, system: str, scale: str = "small", stage: str = "epoch") -> list[dict]:
+    """First seeds of a system's runs of a stage that did not diverge, the one that ended lower first."""
+    found = [done.get((scale, system, stage, rate, 1)) for rate in epoch_rates(done, system, scale)]
     return sorted((r for r in found if r and r["val_loss"]), key=lambda r: r["val_loss"])
 
 
-def ranking(done: dict, scale: str = "small") -> dict[str, list[dict]]:
-    """Epochs of each system that has one, a row for each seed, at the rate at which the first seed ended lower; the
-    lowest mean loss first."""
+def ranking(done: dict, scale: str = "small", stage: str = "epoch") -> dict[str, list[dict]]:
+    """Runs of a stage of each system that has one, a row for each seed, at the rate at which the first seed ended
+    lower; the lowest mean loss first."""
     rows = {}
     for system in SYSTEMS:
-        for first in epochs(done, system, scale)[:1]:
-            others = [done.get((scale, system, "epoch", first["learning_rate"], seed)) for seed in (2, 3)]
+        for first in epochs(done, system, scale, stage)[:1]:
+            others = [done.get((scale, system, stage, first["learning_rate"], seed)) for seed in (2, 3)]
             rows[system] = [first, *(row for row in others if row and row["val_loss"])]
     return dict(sorted(rows.items(), key=lambda pair: mean_loss(pair[1])))
 

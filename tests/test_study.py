@@ -60,7 +60,10 @@ def test_the_study_ends_and_repeats_nothing():
         assert found[1] == ([best / 2, best] if system == "hymba-no-meta" else [best])  # of this one, at both rates
         assert found[2] == (found[1] if system in study.THIRD else [])
     long, flops = ({p.system: p.learning_rate for p in order if key in p.key} for key in ("long", "flops"))
-    assert long == dict.fromkeys(("hymba", "inter", "intra"), 2e-3) | {"transformer": 0.25e-3, "hymba-no-meta": 1e-3}
+    some = dict.fromkeys(("hymba", "inter", "intra", "hymba-full-second"), 2e-3)
+    assert long == some | {"transformer": 0.25e-3, "hymba-no-meta": 1e-3}
+    seeds = [(p.system, p.seed) for p in order if p.stage == "long"]
+    assert sorted(seeds) == sorted((system, seed) for system in long for seed in (1, 2))
     assert flops == {"transformer": 0.25e-3, "mamba": 16e-3, "inter": 2e-3}
     # Half the rates, the better first; second seeds at the rate at which the first one ended lower there
     large = [(p.system, p.learning_rate, p.seed) for p in order if p.scale == "large"]
@@ -69,12 +72,16 @@ def test_the_study_ends_and_repeats_nothing():
     first = [*better.items(), *worse.items(), ("hymba-full-second", 1e-3), ("hymba-full-second", 0.5e-3)]
     ended = {"hymba-no-meta": 1e-3, "hymba": 1e-3, "transformer": 0.25e-3, "inter": 1e-3, "mamba": 8e-3}
     second = [*ended.items(), ("hymba-full-second", 1e-3)]
-    assert large == [(*pair, 1) for pair in first] + [(*pair, 2) for pair in second] and order[-1].scale == "large"
+    assert large == [(*pair, 1) for pair in first] + [(*pair, 2) for pair in second]
+    last = max(i for i, p in enumerate(order) if p.scale == "large")  # then the variants' recall, and four epochs again
+    assert {(p.stage, p.system in study.MAIN) for p in order[last + 1 :] if p.stage != "long"} == {("recall", False)}
     won = {key: row | {"val_loss": 0.1} for key, row in done.items() if key[1] == "hymba-full-second"}
     names = [plan.name for plan in study.plans(done | won)]  # also if this one is the best of all
     assert len(set(names)) == len(names)
-    found = {(p.learning_rate, p.seed) for p in order if p.key[:2] == ("recall", "hymba")}
-    assert found == {(3e-3, 1), (3e-3, 2), (6e-3, 1)}
+    for system in study.SYSTEMS:
+        found = {(p.learning_rate, p.seed) for p in order if p.key[:2] == ("recall", system)}
+        without = system in study.ALIKE or system.endswith("experts")
+        assert found == (set() if without else {(3e-3, 1), (3e-3, 2), (6e-3, 1)}), system
     for rate in (2e-3, 1e-3):  # both epochs of a system that is not among these
         done["small", "hymba-group", "epoch", rate, 1]["val_loss"] = None
     assert "hymba-group" not in study.ranking(done) and all(p.key in done for p in study.plans(done) if p.learning_rate)
@@ -83,7 +90,8 @@ def test_the_study_ends_and_repeats_nothing():
     del done["small", "hymba", "epoch", 1e-3, 1]  # while it runs, the better rate is not known
     seeds = [p.learning_rate for p in study.plans(done) if p.key[:3] + p.key[4:] == ("small", "hymba", "epoch", 2)]
     assert seeds == [0]
-    assert {p.system for p in study.plans(done) if p.stage == "long"} == {"hymba", "transformer", "inter", "intra"}
+    long = {p.system for p in study.plans(done) if p.stage == "long"}
+    assert long == {"hymba", "transformer", "inter", "intra", "hymba-full-second"}
     del done["large", "inter", "epoch", 1e-3, 1]
     done["large", "mamba", "epoch", 8e-3, 1]["val_loss"] = None  # the other rate is the better one
     wide = {p.system: p.learning_rate for p in study.plans(done) if (p.scale, p.seed) == ("large", 2)}
@@ -93,7 +101,8 @@ def test_the_study_ends_and_repeats_nothing():
 @pytest.mark.parametrize("scale", study.SCALES)
 def test_sizes_match(scale):
     """All systems have as many active parameters within 1%, or, matched in FLOPs, need as many of them as Hymba."""
-    for system in study.MAIN if scale == "recall" else study.SYSTEMS:
+    recalling = [system for system in study.SYSTEMS if not system.endswith("experts")]
+    for system in recalling if scale == "recall" else study.SYSTEMS:
         model = cost.meta_model(study.config_fields(study.settings(system, study.SCALES[scale])))
         n = cost.active_params(model) - model.embed.weight.numel()
         assert n == pytest.approx(study.SCALES[scale].parameters, rel=0.01), system
@@ -246,6 +255,19 @@ def test_which_rows_are_shown():
 
 DONE = study.read(ROOT / "results" / "runs.jsonl")
 PAGE = (ROOT / "docs" / "results.md").read_text().splitlines()
+
+
+def test_alike_in_four_blocks():
+    """Recall has each of these models once."""
+    found = {}
+    for system in study.SYSTEMS:
+        flags = study.settings(system, study.SCALES["recall"])
+        found.setdefault(json.dumps(flags, sort_keys=True), []).append(system)
+    twins = {
+        name: same[0] if name == same[-1] else same[-1] for same in found.values() if len(same) > 1 for name in same
+    }
+    assert sorted(name for name in twins if name in study.ALIKE) == sorted(study.ALIKE)
+    assert len(twins) == 2 * len(study.ALIKE) and all(twins[name] not in study.ALIKE for name in study.ALIKE)
 
 
 def test_the_page_says_what_the_runs_say():
