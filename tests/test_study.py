@@ -226,6 +226,10 @@ def test_confidence_intervals():
     for line in figures.later_table(done).splitlines()[2:]:
         cells = line.split(" | ")
         assert cells[3:6] + cells[7:8] == ["2", "1.430", f"{halves[cells[1]]:.3f}", "0.715"]
+    for seed, loss in ((1, 1.3), (2, 1.2)):
+        plan = study.Plan("hymba", "small", "long", 4 * study.EPOCH, 1e-3, seed)
+        done[plan.key] = made_up(plan, loss)
+    assert "| four epochs | hymba | 0.001 | 2 | 1.250 |  | 1.523 | 0.625 |" in figures.later_table(done)
     one = {key: row for key, row in done.items() if key[4] == 1}
     assert figures.half_intervals(one) == {} and "| 1 | 1.510 |  | 0.755 |" in figures.table(one)
 
