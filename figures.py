@@ -70,19 +70,21 @@ def device_of(rows: dict[str, dict]) -> str:
     return next(iter(map(device, rows.values())), "?")
 
 
-def half_intervals(done: dict, scale: str = "small") -> dict[str, float]:
+def half_intervals(done: dict, scale: str = "small", stage: str = "epoch") -> dict[str, float]:
     """Of each system's mean loss, half the 95% confidence interval, as if seeds differed as much in all systems and at
     all rates: the variance is pooled. Empty while it has fewer than five degrees of freedom."""
     seeds = {}
-    for (where, system, stage, rate, _), row in done.items():
-        if (where, stage) == (scale, "epoch") and row["val_loss"]:
+    for (where, system, what, rate, _), row in done.items():
+        if (where, what) == (scale, stage) and row["val_loss"]:
             seeds.setdefault((system, rate), []).append(row["val_loss"])
     squares = [(loss - statistics.mean(losses)) ** 2 for losses in seeds.values() for loss in losses]
     if (free := len(squares) - len(seeds)) < 5:  # degrees of freedom
         return {}
     z = statistics.NormalDist().inv_cdf(0.975)
     t = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)  # Student's, within 1%
-    return {system: t * math.sqrt(sum(squares) / free / len(rows)) for system, rows in ranking(done, scale).items()}
+    return {
+        system: t * math.sqrt(sum(squares) / free / len(rows)) for system, rows in ranking(done, scale, stage).items()
+    }
 
 
 def later(done: dict) -> dict[str, dict[str, list[dict]]]:
@@ -152,11 +154,13 @@ def later_table(done: dict) -> str:
     that had a GPU to themselves, at the large scale on one device."""
     heads = ["what", "system", "rate", "seeds", "loss", "+/-", "small epoch", "bits per byte", "within", "beyond"]
     heads += ["needle", "active parameters, M", "training, GFLOPs a token", "device", "training, tokens/s"]
-    ranked, halves, speeds = ranking(done), half_intervals(done, "large"), timed(done, "large")
+    ranked, speeds = ranking(done), timed(done, "large")
+    halves = {"large": half_intervals(done, "large")}
+    halves |= {name: half_intervals(done, "small", stage) for stage, name in LATER.items()}
     lines = [[*heads, "decoding, tokens/s"]]
     for name, systems in later(done).items():
         for system, rows in systems.items():
-            first, half = rows[0], halves.get(system) if name == "large" else None
+            first, half = rows[0], halves[name].get(system)
             cells = [name, system, f"{first['learning_rate']:g}", f"{len(rows)}", f"{mean_loss(rows):.3f}"]
             cells += [f"{half:.3f}" if half else "", f"{mean_loss(ranked[system]):.3f}" if system in ranked else ""]
             cells += [f"{value:.3f}" for value in (statistics.mean(r["val_bpb"] for r in rows), *reach(first))]
@@ -235,7 +239,7 @@ def draw_throughput(ax, done: dict) -> None:
 
 
 def draw_recall(ax, done: dict) -> None:
-    rows = {system: runs for system in MAIN if (runs := best_recall(done, system))}
+    rows = {system: runs for system in DRAWN if (runs := best_recall(done, system))}
     points = {system: (runs[0]["cache_bytes"] / 1e3, mean_recall(runs)) for system, runs in rows.items()}
     draw_against(ax, points, "cache of one record, KB", "accuracy of recall, mean over 4 to 256 pairs")
 
@@ -249,7 +253,7 @@ def number_axis(ax, ticks: list[float]) -> None:
 
 def draw_pairs(ax, done: dict) -> None:
     ticks = []
-    for system in MAIN:
+    for system in DRAWN:
         if runs := best_recall(done, system):
             shares = {int(n): statistics.mean(r["pairs"][n]["accuracy"] for r in runs) for n in runs[0]["pairs"]}
             ax.plot(shares.keys(), shares.values(), "o-", color=COLORS[system], label=system)

@@ -230,6 +230,13 @@ def test_confidence_intervals():
         plan = study.Plan("hymba", "small", "long", 4 * study.EPOCH, 1e-3, seed)
         done[plan.key] = made_up(plan, loss)
     assert "| four epochs | hymba | 0.001 | 2 | 1.250 |  | 1.523 | 0.625 |" in figures.later_table(done)
+    for system in systems[:5]:  # 0.1 apart
+        for seed, loss in ((1, 1.3), (2, 1.2)):
+            plan = study.Plan(system, "small", "long", 4 * study.EPOCH, study.epoch_rates(done, system)[0], seed)
+            done[plan.key] = made_up(plan, loss)
+    halves = figures.half_intervals(done, "small", "long")
+    assert halves == pytest.approx(dict.fromkeys(systems[:5], 2.571 * 0.1 / 2), rel=0.01)
+    assert f"| four epochs | hymba | 0.001 | 2 | 1.250 | {halves['hymba']:.3f} | 1.523 |" in figures.later_table(done)
     one = {key: row for key, row in done.items() if key[4] == 1}
     assert figures.half_intervals(one) == {} and "| 1 | 1.510 |  | 0.755 |" in figures.table(one)
 
