@@ -31,7 +31,8 @@ PAPER = {
     "hymba-no-meta": (45.16, 48.04), "hymba": (45.53, 51.79),
 }  # fmt: skip
 
-LATER = {"flops": "same operations", "long": "four epochs"}  # by stage, what came after the small epochs
+# What came after the small epochs: its scale and stage
+LATER = {"same operations": ("small", "flops"), "four epochs": ("small", "long"), "large": ("large", "epoch")}
 DRAWN = [*MAIN, "intra-scattered"]  # in pictures that all systems would crowd
 COLORS = {system: "C9" if system.startswith("hymba-") else "C8" for system in SYSTEMS}  # in all pictures, of variants
 COLORS |= {system: f"C{i}" for i, system in enumerate(MAIN)}
@@ -90,7 +91,7 @@ def half_intervals(done: dict, scale: str = "small", stage: str = "epoch") -> di
 def later(done: dict) -> dict[str, dict[str, list[dict]]]:
     """What came after the small epochs, by what is different and by system, a row for each seed, the lowest mean loss
     first: as many operations as Hymba, four epochs, and the large scale."""
-    return {name: ranking(done, "small", stage) for stage, name in LATER.items()} | {"large": ranking(done, "large")}
+    return {name: ranking(done, *where) for name, where in LATER.items()}
 
 
 def operations(row: dict) -> float:
@@ -155,12 +156,11 @@ def later_table(done: dict) -> str:
     heads = ["what", "system", "rate", "seeds", "loss", "+/-", "small epoch", "bits per byte", "within", "beyond"]
     heads += ["needle", "active parameters, M", "training, GFLOPs a token", "device", "training, tokens/s"]
     ranked, speeds = ranking(done), timed(done, "large")
-    halves = {"large": half_intervals(done, "large")}
-    halves |= {name: half_intervals(done, "small", stage) for stage, name in LATER.items()}
     lines = [[*heads, "decoding, tokens/s"]]
     for name, systems in later(done).items():
+        halves = half_intervals(done, *LATER[name])
         for system, rows in systems.items():
-            first, half = rows[0], halves[name].get(system)
+            first, half = rows[0], halves.get(system)
             cells = [name, system, f"{first['learning_rate']:g}", f"{len(rows)}", f"{mean_loss(rows):.3f}"]
             cells += [f"{half:.3f}" if half else "", f"{mean_loss(ranked[system]):.3f}" if system in ranked else ""]
             cells += [f"{value:.3f}" for value in (statistics.mean(r["val_bpb"] for r in rows), *reach(first))]
@@ -210,7 +210,7 @@ def draw_curves(ax, done: dict, seconds: bool) -> None:
 
 
 def draw_names(ax, points: dict[str, tuple[float, float]]) -> None:
-    """The names of points, on the side that faces no neighbour, below and above in turn."""
+    """The names of points, on the side away from the middle, below and above in turn."""
     middle = statistics.median([x for x, _ in points.values()] or [0])
     for i, (name, point) in enumerate(points.items()):
         y = 3 if i % 2 else -9
@@ -321,18 +321,17 @@ def draw_ladder(ax, done: dict) -> None:
 def draw_later(ax, done: dict) -> None:
     """From an epoch at the small scale to four (solid) and to as many operations as Hymba (dotted). Losses at the large
     scale are of longer context, so its points are by themselves."""
-    found, ranked = later(done), ranking(done)
-    point = lambda row, loss: (row["tokens"] * operations(row), loss)  # noqa: E731
-    for (name, rows), style in zip(found.items(), ("x:", "o-", "s"), strict=True):
-        middle = statistics.median([point(row, 0)[0] for row, *_ in rows.values()] or [0])
+    ranked = ranking(done)
+    point = lambda runs: (runs[0]["tokens"] * operations(runs[0]), mean_loss(runs))  # noqa: E731
+    for (name, rows), style in zip(later(done).items(), ("x:", "o-", "s"), strict=True):
+        middle = statistics.median([point(runs)[0] for runs in rows.values()] or [0])
         for i, (system, runs) in enumerate(rows.items()):
             if system in ranked:
-                points = [point(seeds[0], mean_loss(seeds)) for seeds in (ranked[system], runs)]
-                ax.plot(*zip(*points, strict=True), style, color=COLORS[system], ms=5, lw=1, markevery=[1])
-                right = points[1][0] >= middle  # names are on the side that faces no neighbour
-                side = {"ha": "left", "xytext": (5, 0)} if right else {"ha": "right", "xytext": (-5, 0)}
+                begin, end = point(ranked[system]), point(runs)
+                ax.plot(*zip(begin, end, strict=True), style, color=COLORS[system], ms=5, lw=1, markevery=[1])
+                side = {"ha": "left", "xytext": (5, 0)} if end[0] >= middle else {"ha": "right", "xytext": (-5, 0)}
                 side["va"] = "bottom" if i % 4 > 1 else "top"
-                ax.annotate(f"{system}, {name}", points[1], textcoords="offset points", fontsize="x-small", **side)
+                ax.annotate(f"{system}, {name}", end, textcoords="offset points", fontsize="x-small", **side)
     ax.margins(x=0.35)  # for the names
     ax.set(xscale="log", xlabel="floating-point operations of training", ylabel="validation loss, nats per token")
 

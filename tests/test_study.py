@@ -407,7 +407,13 @@ def test_pictures_of_the_study():
     for i, system in enumerate(("intra-scattered", "intra-sandwich")):
         plan = study.Plan(system, "small", "epoch", study.EPOCH, 1e-3)
         done[plan.key] = made_up(plan, 1.6 + i)
+        plan = study.Plan(system, "recall", "recall", study.RECALL, study.RECALL_RATES[0])
+        done[plan.key] = made_up(plan, 1.6)
     drawn = ["transformer", "mamba", "intra", "intra-scattered"]  # one variant, and no other
+    figures.draw_pairs(axes := plt.figure().add_subplot(), done)
+    assert axes.get_legend_handles_labels()[1] == drawn
+    figures.draw_recall(axes := plt.figure().add_subplot(), done)
+    assert [text.get_text() for text in axes.texts] == drawn
     for draw in (figures.draw_positions, figures.draw_needle):
         draw(axes := plt.figure().add_subplot(), done)
         assert axes.get_legend_handles_labels()[1] == drawn
