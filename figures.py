@@ -11,6 +11,7 @@ import cost
 import pictures
 from model import HymbaConfig
 from study import (
+    ALIKE,
     MAIN,
     RECALL_RATES,
     SCALES,
@@ -43,14 +44,15 @@ def cache_mb(row: dict) -> float:
     return cost.cache_bytes(HymbaConfig(**config_fields(row["flags"])), 8192) / 1e6
 
 
-def best_recall(done: dict, system: str) -> list[dict]:
-    """The runs of recall at the better rate, one for each seed."""
-    rows = [[done.get(("recall", system, "recall", rate, seed)) for seed in (1, 2)] for rate in RECALL_RATES]
-    return max(([r for r in seeds if r and r.get("accuracy") is not None] for seeds in rows), key=mean_recall)
+def recalled(done: dict, system: str) -> list[dict]:
+    """Runs of recall, at the rate that all have, of a system and of those that are the same model there."""
+    same, rate = ALIKE.get(system, system), RECALL_RATES[0]
+    runs = [row for key, row in done.items() if (key[0], ALIKE.get(key[1], key[1]), key[3]) == ("recall", same, rate)]
+    return [row for row in runs if row.get("accuracy") is not None]
 
 
 def mean_recall(rows: list[dict]) -> float:
-    return statistics.mean([r["accuracy"] for r in rows] or [0.0])
+    return statistics.mean(r["accuracy"] for r in rows)
 
 
 def device(row: dict) -> str:
@@ -137,7 +139,7 @@ def table(done: dict) -> str:
     lines = [heads]
     for system, rows in ranking(done).items():
         first, *others = epochs(done, system)
-        recall, half, speed = best_recall(done, system), halves.get(system), speeds.get(system, {})
+        recall, half, speed = recalled(done, system), halves.get(system), speeds.get(system, {})
         cells = [system, f"`{first['flags']['pattern']}`", f"{len(rows)}", f"{mean_loss(rows):.3f}"]
         cells += [f"{half:.3f}" if half else "", f"{statistics.mean(r['val_bpb'] for r in rows):.3f}"]
         cells += [f"{first['learning_rate']:g}"]
@@ -239,7 +241,7 @@ def draw_throughput(ax, done: dict) -> None:
 
 
 def draw_recall(ax, done: dict) -> None:
-    rows = {system: runs for system in DRAWN if (runs := best_recall(done, system))}
+    rows = {system: runs for system in DRAWN if (runs := recalled(done, system))}
     points = {system: (runs[0]["cache_bytes"] / 1e3, mean_recall(runs)) for system, runs in rows.items()}
     draw_against(ax, points, "cache of one record, KB", "accuracy of recall, mean over 4 to 256 pairs")
 
@@ -254,7 +256,7 @@ def number_axis(ax, ticks: list[float]) -> None:
 def draw_pairs(ax, done: dict) -> None:
     ticks = []
     for system in DRAWN:
-        if runs := best_recall(done, system):
+        if runs := recalled(done, system):
             shares = {int(n): statistics.mean(r["pairs"][n]["accuracy"] for r in runs) for n in runs[0]["pairs"]}
             ax.plot(shares.keys(), shares.values(), "o-", color=COLORS[system], label=system)
             ticks = list(shares)

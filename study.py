@@ -71,7 +71,9 @@ SYSTEMS |= {
     "transformer-experts": {"pattern": "T", "n_expert": 8},
     "hymba-experts": HYMBA | {"n_expert": 8},
 }
-ALIKE = ("hymba-mamba-first", "inter-middle", "intra-clustered")  # as others, in the four blocks of recall
+# Which other system each of these is in the four blocks of recall
+ALIKE = {"hymba-mamba-first": "hymba-full-second", "hymba-no-sharing": "hymba", "inter-middle": "inter"}
+ALIKE |= {"intra-clustered": "intra-scattered"}
 THIRD = ("hymba", "hymba-no-meta", "hymba-mamba-first")  # a third seed: the variants' two were 0.065 and 0.045 apart
 
 
@@ -253,9 +255,10 @@ def plans(done: dict) -> Iterator[Plan]:
     for systems, seed in ((late, 1), ([*long, *late], 2)):
         for system in systems:
             yield Plan(system, "small", "long", 4 * EPOCH, best[system], seed)
-    for rate, seed in zip(RECALL_RATES, (2, 1), strict=True):
-        for system in recalling:
-            yield Plan(system, "recall", "recall", RECALL, rate, seed)
+    again = [system for system in long if system in (*MAIN, *recalling)]  # attention takes part in some of their runs
+    for systems, seed in ((recalling, 2), (again, 3)):
+        for system in systems:
+            yield Plan(system, "recall", "recall", RECALL, RECALL_RATES[0], seed)
 
 
 def epochs(done: dict, system: str, scale: str = "small", stage: str = "epoch") -> list[dict]:

@@ -10,6 +10,7 @@ from runs import ROOT
 import cost
 import figures
 import study
+from model import HymbaConfig
 
 
 def made_up(plan: study.Plan, loss: float) -> dict:
@@ -73,15 +74,19 @@ def test_the_study_ends_and_repeats_nothing():
     ended = {"hymba-no-meta": 1e-3, "hymba": 1e-3, "transformer": 0.25e-3, "inter": 1e-3, "mamba": 8e-3}
     second = [*ended.items(), ("hymba-full-second", 1e-3)]
     assert large == [(*pair, 1) for pair in first] + [(*pair, 2) for pair in second]
-    last = max(i for i, p in enumerate(order) if p.scale == "large")  # then the variants' recall, and four epochs again
-    assert {(p.stage, p.system in study.MAIN) for p in order[last + 1 :] if p.stage != "long"} == {("recall", False)}
+    # Then the variants' recall, a third seed of it, and four epochs again
+    after = order[max(i for i, p in enumerate(order) if p.scale == "large") + 1 :]
+    assert {(p.stage, p.system in study.MAIN and p.seed < 3) for p in after if p.stage != "long"} == {("recall", False)}
     won = {key: row | {"val_loss": 0.1} for key, row in done.items() if key[1] == "hymba-full-second"}
     names = [plan.name for plan in study.plans(done | won)]  # also if this one is the best of all
     assert len(set(names)) == len(names)
+    won = {key: row | {"val_loss": 0.1} for key, row in done.items() if key[1] == "hymba-mamba-first"}
+    assert "hymba-mamba-first" not in {plan.system for plan in study.plans(done | won) if plan.stage == "recall"}
     for system in study.SYSTEMS:
         found = {(p.learning_rate, p.seed) for p in order if p.key[:2] == ("recall", system)}
-        without = system in study.ALIKE or system.endswith("experts")
-        assert found == (set() if without else {(3e-3, 1), (3e-3, 2), (6e-3, 1)}), system
+        wanted = {(3e-3, 1), (3e-3, 2)} | ({(6e-3, 1)} if system in study.MAIN else set())
+        wanted |= {(3e-3, 3)} if system in long and system != "hymba-full-second" else set()
+        assert found == (set() if system in study.ALIKE or system.endswith("experts") else wanted), system
     for rate in (2e-3, 1e-3):  # both epochs of a system that is not among these
         done["small", "hymba-group", "epoch", rate, 1]["val_loss"] = None
     assert "hymba-group" not in study.ranking(done) and all(p.key in done for p in study.plans(done) if p.learning_rate)
@@ -251,7 +256,13 @@ def test_which_rows_are_shown():
     for rate, seed, accuracy in ((low, 1, 0.2), (low, 2, 0.6), (high, 1, 0.3)):
         plan = study.Plan("hymba", "recall", "recall", study.RECALL, rate, seed)
         done[plan.key] = made_up(plan, 1.0) | {"accuracy": accuracy}
-    assert figures.mean_recall(figures.best_recall(done, "hymba")) == pytest.approx(0.4)
+    assert figures.mean_recall(figures.recalled(done, "hymba")) == pytest.approx(0.4)  # at the rate that all have
+    plan = study.Plan("hymba-no-sharing", "recall", "recall", study.RECALL, low, 1)  # the same model there
+    done[plan.key] = made_up(plan, 1.0) | {"accuracy": 0.7}
+    plan = study.Plan("hymba-diff", "recall", "recall", study.RECALL, low, 1)
+    done[plan.key] = made_up(plan, 1.0) | {"accuracy": None}  # diverged
+    for system, found in (("hymba", [0.2, 0.6, 0.7]), ("hymba-no-sharing", [0.2, 0.6, 0.7]), ("hymba-diff", [])):
+        assert [row["accuracy"] for row in figures.recalled(done, system)] == found
     variant = "hymba-no-meta"
     new = lambda rate, loss: made_up(study.Plan(variant, "small", "epoch", study.EPOCH, rate), loss)  # noqa: E731
     one, other = study.epoch_rates(done, "hymba")
@@ -269,16 +280,17 @@ PAGE = (ROOT / "docs" / "results.md").read_text().splitlines()
 
 
 def test_alike_in_four_blocks():
-    """Recall has each of these models once."""
-    found = {}
+    """Recall has each model once: these are other systems by their flags or by the keys and values that blocks own."""
+    first, twins = {}, {}
     for system in study.SYSTEMS:
         flags = study.settings(system, study.SCALES["recall"])
-        found.setdefault(json.dumps(flags, sort_keys=True), []).append(system)
-    twins = {
-        name: same[0] if name == same[-1] else same[-1] for same in found.values() if len(same) > 1 for name in same
-    }
-    assert sorted(name for name in twins if name in study.ALIKE) == sorted(study.ALIKE)
-    assert len(twins) == 2 * len(study.ALIKE) and all(twins[name] not in study.ALIKE for name in study.ALIKE)
+        same = flags | {"kv_share": HymbaConfig(**study.config_fields(flags)).kv_owner}
+        like = first.setdefault(json.dumps(same, sort_keys=True), system)
+        if like != system:
+            twins[system] = like
+    planned = lambda name: study.ALIKE.get(name, name)  # noqa: E731
+    assert {frozenset(pair) for pair in twins.items()} == {frozenset(pair) for pair in study.ALIKE.items()}
+    assert all(planned(planned(name)) == planned(name) for name in study.SYSTEMS)
 
 
 def test_the_page_says_what_the_runs_say():
