@@ -44,9 +44,9 @@ def cache_mb(row: dict) -> float:
     return cost.cache_bytes(HymbaConfig(**config_fields(row["flags"])), 8192) / 1e6
 
 
-def recalled(done: dict, system: str) -> list[dict]:
-    """Runs of recall, at the rate that all have, of a system and of those that are the same model there."""
-    same, rate = ALIKE.get(system, system), RECALL_RATES[0]
+def recalled(done: dict, system: str, rate: float = RECALL_RATES[0]) -> list[dict]:
+    """Runs of recall, at the rate that all have or another one, of a system and of those that are the same model."""
+    same = ALIKE.get(system, system)
     runs = [row for key, row in done.items() if (key[0], ALIKE.get(key[1], key[1]), key[3]) == ("recall", same, rate)]
     return [row for row in runs if row.get("accuracy") is not None]
 
@@ -148,6 +148,22 @@ def table(done: dict) -> str:
         cells += [", ".join(f"{needle(row):.2f}" for row in rows if "needle" in row)]
         cells += [f"{v:,.0f}" if (v := speed.get(f"{name}tokens_per_s")) else "" for name in ("", "decode_")]
         lines.append([*cells, f"{cache_mb(first):.1f}"])
+    return markdown(lines)
+
+
+def recall_table(done: dict) -> str:
+    """A line for each model of recall, the most accurate first: what its runs tell of so many pairs, a mean over them;
+    the mean over pairs of each run, at both rates; and the cache of a record."""
+    runs = {system: found for system in SYSTEMS if system not in ALIKE and (found := recalled(done, system))}
+    pairs = [n for found in [*runs.values()][:1] for n in found[0]["pairs"]]
+    heads = ["system", "pattern", *(f"{n} pairs" for n in pairs), "mean", *(f"at {rate:g}" for rate in RECALL_RATES)]
+    lines = [[*heads, "cache, KB"]]
+    for system, found in sorted(runs.items(), key=lambda item: -mean_recall(item[1])):
+        cells = [system, f"`{found[0]['flags']['pattern']}`"]
+        cells += [f"{statistics.mean(row['pairs'][n]['accuracy'] for row in found):.2f}" for n in pairs]
+        rates = [recalled(done, system, rate) for rate in RECALL_RATES]
+        cells += [f"{mean_recall(found):.2f}", *(", ".join(f"{r['accuracy']:.2f}" for r in rows) for rows in rates)]
+        lines.append([*cells, f"{found[0]['cache_bytes'] / 1e3:,.0f}"])
     return markdown(lines)
 
 
@@ -360,7 +376,7 @@ PICTURES = {
 
 def main(done: dict, folder: Path) -> None:
     """Print the tables, and draw every picture into folder."""
-    print(table(done), later_table(done), sep="\n\n")
+    print(table(done), recall_table(done), later_table(done), sep="\n\n")
     plt = pictures.pyplot("--figures", needed=True)
     for name, draw in PICTURES.items():
         fig, ax = plt.subplots(figsize=(7.5, max(4.5, 0.25 * len(SYSTEMS))))

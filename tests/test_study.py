@@ -247,7 +247,7 @@ def test_confidence_intervals():
 
 
 def test_which_rows_are_shown():
-    """Recall and epochs at the better rate."""
+    """Epochs at the better rate, recall at one, of all that are the same model there, and in its table the best first."""
     loss = lambda plan: 1.5 + abs(plan.learning_rate - 1e-3)  # noqa: E731
     done = {p.key: made_up(p, loss(p)) for system in study.MAIN[:4] for p in plans_of(system)}
     names = {"NVIDIA H100 80GB HBM3": "H100", "NVIDIA GeForce RTX 4090": "GeForce RTX 4090", "cpu": "cpu"}
@@ -258,11 +258,15 @@ def test_which_rows_are_shown():
         done[plan.key] = made_up(plan, 1.0) | {"accuracy": accuracy}
     assert figures.mean_recall(figures.recalled(done, "hymba")) == pytest.approx(0.4)  # at the rate that all have
     plan = study.Plan("hymba-no-sharing", "recall", "recall", study.RECALL, low, 1)  # the same model there
-    done[plan.key] = made_up(plan, 1.0) | {"accuracy": 0.7}
+    done[plan.key] = made_up(plan, 1.0) | {"accuracy": 0.8}
     plan = study.Plan("hymba-diff", "recall", "recall", study.RECALL, low, 1)
     done[plan.key] = made_up(plan, 1.0) | {"accuracy": None}  # diverged
-    for system, found in (("hymba", [0.2, 0.6, 0.7]), ("hymba-no-sharing", [0.2, 0.6, 0.7]), ("hymba-diff", [])):
+    for system, found in (("hymba", [0.2, 0.6, 0.8]), ("hymba-no-sharing", [0.2, 0.6, 0.8]), ("hymba-diff", [])):
         assert [row["accuracy"] for row in figures.recalled(done, system)] == found
+    lines = [line.split(" | ") for line in figures.recall_table(done).splitlines()]
+    assert [line[0] for line in lines[2:]] == ["| hymba", "| transformer", "| mamba", "| inter"]
+    assert lines[0][2:5] == ["4 pairs", "8 pairs", "mean"]
+    assert lines[2][1:] == ["`HHhH`", "0.90", "0.10", "0.53", "0.20, 0.60, 0.80", "0.30", "1 |"]
     variant = "hymba-no-meta"
     new = lambda rate, loss: made_up(study.Plan(variant, "small", "epoch", study.EPOCH, rate), loss)  # noqa: E731
     one, other = study.epoch_rates(done, "hymba")
@@ -336,6 +340,25 @@ def test_the_page_s_large_table():
                 cells += [f"{round(speeds[system]['decode_tokens_per_s'], -2):,.0f}", f"{figures.cache_mb(first):.1f}"]
             assert line.strip("| ").split(" | ")[1 : len(cells) + 1] == cells, line
     assert not names
+
+
+def test_the_page_s_recall_and_four_epochs():
+    """Each line that is printed is there, with fewer columns."""
+    cells = lambda line: [cell.strip() for cell in line.strip("|").split("|")]  # noqa: E731
+    page = [cells(line) for line in PAGE if line.startswith("| ")]
+    for system, blocks, *rest in map(cells, figures.recall_table(DONE).splitlines()[2:]):
+        accuracies, others = rest[:7], rest[7:]  # of 4, 8, 16, 32, 64, 128 and 256 pairs
+        (name,) = (line[0] for line in page if line[1:] == [blocks, accuracies[2], *accuracies[4:], *others])
+        assert name == f"`{system.removeprefix('hymba-')}`" or not name.startswith("`"), name
+    later, ranked = figures.later(DONE)["four epochs"], study.ranking(DONE)
+    start = next(i for i, line in enumerate(PAGE) if line.startswith("| | one epoch | four epochs"))
+    for line, (system, rows) in zip(PAGE[start + 2 :], later.items(), strict=False):
+        name, found = cells(line)[0], figures.needles(rows[0])
+        loss, seeds = f"{study.mean_loss(rows):.3f}", ", ".join(f"{row['val_loss']:.3f}" for row in rows)
+        wanted = [f"{study.mean_loss(ranked[system]):.3f}", f"{loss} ({seeds})" if len(rows) > 1 else loss]
+        wanted += [f"{x:.3f}" for x in (statistics.mean(r["val_bpb"] for r in rows), *figures.reach(rows[0]))]
+        assert cells(line)[1:] == [*wanted, *(f"{found[n]:.2f}" for n in (1024, 2048, 4096))], name
+    assert PAGE[start + 2 + len(later)] == ""
 
 
 def test_the_page_s_thresholds():
