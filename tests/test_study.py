@@ -247,7 +247,7 @@ def test_confidence_intervals():
 
 
 def test_which_rows_are_shown():
-    """Epochs at the better rate, recall at one, of all that are the same model there, and in its table the best first."""
+    """Epochs at the better rate; recall at one, of all that are the same model, and the best first in its table."""
     loss = lambda plan: 1.5 + abs(plan.learning_rate - 1e-3)  # noqa: E731
     done = {p.key: made_up(p, loss(p)) for system in study.MAIN[:4] for p in plans_of(system)}
     names = {"NVIDIA H100 80GB HBM3": "H100", "NVIDIA GeForce RTX 4090": "GeForce RTX 4090", "cpu": "cpu"}
