@@ -259,6 +259,8 @@ def draw_throughput(ax, done: dict) -> None:
 def draw_recall(ax, done: dict) -> None:
     rows = {system: runs for system in DRAWN if (runs := recalled(done, system))}
     points = {system: (runs[0]["cache_bytes"] / 1e3, mean_recall(runs)) for system, runs in rows.items()}
+    for system, (x, _) in points.items():  # each run, around the mean
+        ax.plot([x] * len(rows[system]), [row["accuracy"] for row in rows[system]], ".-", color=COLORS[system], lw=0.5)
     draw_against(ax, points, "cache of one record, KB", "accuracy of recall, mean over 4 to 256 pairs")
 
 
@@ -271,10 +273,10 @@ def number_axis(ax, ticks: list[float]) -> None:
 
 def draw_pairs(ax, done: dict) -> None:
     ticks = []
-    for system in DRAWN:
+    for i, system in enumerate(DRAWN):
         if runs := recalled(done, system):
             shares = {int(n): statistics.mean(r["pairs"][n]["accuracy"] for r in runs) for n in runs[0]["pairs"]}
-            ax.plot(shares.keys(), shares.values(), "o-", color=COLORS[system], label=system)
+            ax.plot(shares.keys(), shares.values(), "o-", color=COLORS[system], label=system, ms=10 - 0.8 * i)
             ticks = list(shares)
     number_axis(ax, ticks)
     ax.set(xlabel="pairs", ylabel="accuracy of recall")
@@ -342,14 +344,17 @@ def draw_later(ax, done: dict) -> None:
     ranked = ranking(done)
     point = lambda runs: (runs[0]["tokens"] * operations(runs[0]), mean_loss(runs))  # noqa: E731
     for (name, rows), style in zip(later(done).items(), ("x:", "o-", "s"), strict=True):
-        middle = statistics.median([point(runs)[0] for runs in rows.values()] or [0])
-        for i, (system, runs) in enumerate(rows.items()):
-            if system in ranked:
-                begin, end = point(ranked[system]), point(runs)
-                ax.plot(*zip(begin, end, strict=True), style, color=COLORS[system], ms=5, lw=1, markevery=[1])
-                side = {"ha": "left", "xytext": (5, 0)} if end[0] >= middle else {"ha": "right", "xytext": (-5, 0)}
-                side["va"] = "bottom" if i % 4 > 1 else "top"
-                ax.annotate(f"{system}, {name}", end, textcoords="offset points", fontsize="x-small", **side)
+        ends = {system: point(runs) for system, runs in rows.items() if system in ranked}  # from below
+        middle = statistics.median([x for x, _ in ends.values()] or [0])
+        for right in (True, False):
+            side = [system for system, (x, _) in ends.items() if (x >= middle) == right]
+            for i, system in enumerate(side):
+                line = zip(point(ranked[system]), ends[system], strict=True)
+                ax.plot(*line, style, color=COLORS[system], ms=5, lw=1, markevery=[1])
+                where = {"ha": "left" if right else "right", "xytext": (5 if right else -5, 0)}
+                where["va"] = ["top", "center", "bottom"][(i > 0) + (i == len(side) - 1)] if side[1:] else "center"
+                ax.annotate(system, ends[system], textcoords="offset points", fontsize="x-small", **where)
+        ax.plot([], style, color="0.4", ms=5, lw=1, label=name)
     ax.margins(x=0.35)  # for the names
     ax.set(xscale="log", xlabel="floating-point operations of training", ylabel="validation loss, nats per token")
 

@@ -190,9 +190,16 @@ def test_what_came_after_the_small_epochs():
         row.pop("decode_tokens_per_s", None)
     assert all(line.endswith("|  |  |  |") for line in figures.later_table(done).splitlines()[2:])  # not on a GPU
     figures.draw_later(axes := plt.figure().add_subplot(), done)
-    ends = {text.get_text(): (text.xy, line.get_xydata()) for text, line in zip(axes.texts, axes.lines, strict=True)}
-    assert ends["hymba, large"][0][1] == 1.25 and ends["hymba, large"][1][0, 1] == pytest.approx(1.515)
-    assert ends["transformer, four epochs"][0][0] == pytest.approx(4e8 * 0.1281e9, rel=1e-3)  # 4e8 tokens
+    assert axes.get_legend_handles_labels()[1] == ["same operations", "four epochs", "large"]
+    lines = [line.get_xydata() for line in axes.lines if len(line.get_xydata())]
+    ends = [(text.get_text(), *text.xy, *line[0]) for text, line in zip(axes.texts, lines, strict=True)]
+    names, x, y, _, start = zip(*ends, strict=True)  # the systems on the right come first
+    assert [(name, round(loss, 3)) for name, loss in zip(names, y, strict=True)] == [
+        ("transformer", 1.6), ("hymba", 1.31), ("transformer", 1.3), ("hymba", 1.25), ("transformer", 1.3),
+    ]  # fmt: skip
+    assert x[2] == pytest.approx(4e8 * 0.1281e9, rel=1e-3)  # 4e8 tokens
+    assert start == pytest.approx([1.515] * 5)
+    assert [text.get_va() for text in axes.texts] == ["center"] * 5
     for kind, systems in (("attn", ["transformer", "hymba"]), ("ssm", ["hymba"])):
         figures.draw_heads(axes := plt.figure().add_subplot(), done, kind)
         assert axes.get_legend_handles_labels()[1] == systems
@@ -447,8 +454,11 @@ def test_pictures_of_the_study():
     drawn = ["transformer", "mamba", "intra", "intra-scattered"]  # one variant, and no other
     figures.draw_pairs(axes := plt.figure().add_subplot(), done)
     assert axes.get_legend_handles_labels()[1] == drawn
-    figures.draw_recall(axes := plt.figure().add_subplot(), done)
+    again = study.Plan("mamba", "recall", "recall", study.RECALL, study.RECALL_RATES[0], 2)
+    figures.draw_recall(axes := plt.figure().add_subplot(), done | {again.key: made_up(again, 1.6) | {"accuracy": 0.3}})
     assert [text.get_text() for text in axes.texts] == drawn
+    runs, mean = (axes.lines[i + 1].get_xydata().tolist() for i in (0, len(drawn)))  # mamba's
+    assert runs == [[1.0, 0.5], [1.0, 0.3]] and mean == [[1.0, 0.4]]
     for draw in (figures.draw_positions, figures.draw_needle):
         draw(axes := plt.figure().add_subplot(), done)
         assert axes.get_legend_handles_labels()[1] == drawn
