@@ -37,6 +37,18 @@ LATER = {"same operations": ("small", "flops"), "four epochs": ("small", "long")
 DRAWN = [*MAIN, "intra-scattered"]  # in pictures that all systems would crowd
 COLORS = {system: "C9" if system.startswith("hymba-") else "C8" for system in SYSTEMS}  # in all pictures, of variants
 COLORS |= {system: f"C{i}" for i, system in enumerate(MAIN)}
+NAMES = {
+    "transformer": "Transformer", "mamba": "Mamba", "mamba2": "Mamba-2", "sliding": "sliding windows",
+    "inter": "inter-layer", "intra-scattered": "intra-layer", "intra": "hybrid heads throughout", "hymba": "Hymba",
+    "hymba-mamba2": "Hymba with Mamba-2", "hymba-experts": "Hymba with experts",
+    "transformer-experts": "Transformer with experts",
+}  # fmt: skip
+
+
+def name(system: str) -> str:
+    """In pictures and on pages, where Hymba's variants have no prefix."""
+    kind, _, variant = system.partition("-")
+    return NAMES.get(system) or (variant if kind == "hymba" else f"{kind}-layer, {variant}")
 
 
 def cache_mb(row: dict) -> float:
@@ -66,7 +78,7 @@ def timed(done: dict, scale: str = "small") -> dict[str, dict]:
     for system in ranking(done, scale):
         for row in reversed(epochs(done, system, scale)):  # the better one, if both were
             found.setdefault(device(row), {})[system] = row
-    return found[max(found, key=lambda name: (len(found[name]), name))] if found else {}
+    return found[max(found, key=lambda card: (len(found[card]), card))] if found else {}
 
 
 def device_of(rows: dict[str, dict]) -> str:
@@ -93,7 +105,7 @@ def half_intervals(done: dict, scale: str = "small", stage: str = "epoch") -> di
 def later(done: dict) -> dict[str, dict[str, list[dict]]]:
     """What came after the small epochs, by what is different and by system, a row for each seed, the lowest mean loss
     first: as many operations as Hymba, four epochs, and the large scale."""
-    return {name: ranking(done, *where) for name, where in LATER.items()}
+    return {what: ranking(done, *where) for what, where in LATER.items()}
 
 
 def operations(row: dict) -> float:
@@ -146,7 +158,7 @@ def table(done: dict) -> str:
         cells += [", ".join(f"{r['val_loss']:.3f} at {r['learning_rate']:g}" for r in others)]
         cells += [*(f"{loss:.3f}" for loss in reach(first)), f"{mean_recall(recall):.2f}" if recall else ""]
         cells += [", ".join(f"{needle(row):.2f}" for row in rows if "needle" in row)]
-        cells += [f"{v:,.0f}" if (v := speed.get(f"{name}tokens_per_s")) else "" for name in ("", "decode_")]
+        cells += [f"{v:,.0f}" if (v := speed.get(f"{key}tokens_per_s")) else "" for key in ("", "decode_")]
         lines.append([*cells, f"{cache_mb(first):.1f}"])
     return markdown(lines)
 
@@ -175,15 +187,15 @@ def later_table(done: dict) -> str:
     heads += ["needle", "active parameters, M", "training, GFLOPs a token", "device", "training, tokens/s"]
     ranked, speeds = ranking(done), timed(done, "large")
     lines = [[*heads, "decoding, tokens/s"]]
-    for name, systems in later(done).items():
-        halves = half_intervals(done, *LATER[name])
+    for what, systems in later(done).items():
+        halves = half_intervals(done, *LATER[what])
         for system, rows in systems.items():
             first, half = rows[0], halves.get(system)
-            cells = [name, system, f"{first['learning_rate']:g}", f"{len(rows)}", f"{mean_loss(rows):.3f}"]
+            cells = [what, system, f"{first['learning_rate']:g}", f"{len(rows)}", f"{mean_loss(rows):.3f}"]
             cells += [f"{half:.3f}" if half else "", f"{mean_loss(ranked[system]):.3f}" if system in ranked else ""]
             cells += [f"{value:.3f}" for value in (statistics.mean(r["val_bpb"] for r in rows), *reach(first))]
             cells += [f"{needle(first):.2f}", f"{parameters(cost.meta_model(config_fields(first['flags']))) / 1e6:.2f}"]
-            speed = speeds.get(system, {}) if name == "large" else first
+            speed = speeds.get(system, {}) if what == "large" else first
             alone = "decode_tokens_per_s" in speed
             cells += [f"{operations(first) / 1e9:.3f}", device(speed) if alone else ""]
             lines.append(cells + [f"{speed[f'{key}tokens_per_s']:,.0f}" if alone else "" for key in ("", "decode_")])
@@ -195,7 +207,9 @@ def draw_losses(ax, done: dict) -> None:
     for y, (system, runs) in enumerate(rows.items()):
         ax.errorbar(mean_loss(runs), y, xerr=halves.get(system), fmt="C0|", ms=12, capsize=3)
         ax.plot([r["val_loss"] for r in runs], [y] * len(runs), "C0o", ms=4)
-    ax.set(yticks=range(len(rows)), yticklabels=rows, xlabel="validation loss after an epoch, nats per token")
+    ax.set(
+        yticks=range(len(rows)), yticklabels=map(name, rows), xlabel="validation loss after an epoch, nats per token"
+    )
     ax.set_title("seeds, mean, and 95% interval (pooled variance)", fontsize="small")
     ax.invert_yaxis()
 
@@ -205,7 +219,7 @@ def draw_rates(ax, done: dict) -> None:
         rows = [done.get(("small", system, "rate", rate, 1)) for rate in trials(done, system)[0]]
         points = [(r["learning_rate"], r["val_loss"]) for r in rows if r and r["val_loss"]]
         if points:
-            ax.plot(*zip(*points, strict=True), "o-", color=COLORS[system], label=system)
+            ax.plot(*zip(*points, strict=True), "o-", color=COLORS[system], label=name(system))
     number_axis(ax, sorted({rate for system in MAIN for rate in trials(done, system)[0]}))
     ax.set(xlabel="learning rate", ylabel=f"validation loss after {TRIAL / 1e6:.0f} M tokens")
 
@@ -219,7 +233,7 @@ def draw_curves(ax, done: dict, seconds: bool) -> None:
         unit = tokens / speeds[system]["tokens_per_s"] if seconds else tokens * operations(row)
         steps, losses = zip(*row["curve"], strict=True)
         smooth = [statistics.mean(losses[max(0, i - 4) : i + 5]) for i in range(len(losses))]
-        ax.plot([step * unit for step in steps[5:]], smooth[5:], COLORS[system], lw=1, label=system)
+        ax.plot([step * unit for step in steps[5:]], smooth[5:], COLORS[system], lw=1, label=name(system))
     low = min((row["val_loss"] for row in rows.values()), default=1.0)
     what = f"seconds on one {device_of(speeds)}" if seconds else "floating-point operations"
     ax.set(
@@ -230,10 +244,10 @@ def draw_curves(ax, done: dict, seconds: bool) -> None:
 def draw_names(ax, points: dict[str, tuple[float, float]]) -> None:
     """The names of points, on the side away from the middle, below and above in turn."""
     middle = statistics.median([x for x, _ in points.values()] or [0])
-    for i, (name, point) in enumerate(points.items()):
+    for i, (system, point) in enumerate(points.items()):
         y = 3 if i % 2 else -9
         side = {"ha": "left", "xytext": (5, y)} if point[0] > middle else {"ha": "right", "xytext": (-5, y)}
-        ax.annotate(name, point, textcoords="offset points", fontsize="small", **side)
+        ax.annotate(name(system), point, textcoords="offset points", fontsize="small", **side)
     ax.margins(x=0.35, y=0.1)  # for the names at the edges
 
 
@@ -276,7 +290,7 @@ def draw_pairs(ax, done: dict) -> None:
     for i, system in enumerate(DRAWN):
         if runs := recalled(done, system):
             shares = {int(n): statistics.mean(r["pairs"][n]["accuracy"] for r in runs) for n in runs[0]["pairs"]}
-            ax.plot(shares.keys(), shares.values(), "o-", color=COLORS[system], label=system, ms=10 - 0.8 * i)
+            ax.plot(shares.keys(), shares.values(), "o-", color=COLORS[system], label=name(system), ms=10 - 0.8 * i)
             ticks = list(shares)
     number_axis(ax, ticks)
     ax.set(xlabel="pairs", ylabel="accuracy of recall")
@@ -289,7 +303,7 @@ def draw_positions(ax, done: dict) -> None:
         if system in DRAWN:
             (result,) = runs[0]["position"].values()
             middles = pictures.middles(result["edges"], len(result["by_position"]))
-            ax.plot(middles, result["by_position"], COLORS[system], label=system)
+            ax.plot(middles, result["by_position"], COLORS[system], label=name(system))
             low = min(low, *result["by_position"])
     ax.axvline(length, color="0.5", ls=":")
     number_axis(ax, [length * 2**i // 8 for i in range(7)])
@@ -308,7 +322,7 @@ def draw_reach(ax, done: dict) -> None:
         ax.scatter(*zip(*points, strict=True), s=[36, 12][: len(rows)], **colors)
         side = {"ha": "left", "xytext": (6, -3)} if i % 2 else {"ha": "right", "xytext": (-6, -3)}  # neighbours apart
         if i == 0 or system in MAIN or needle(rows[0]) < 0.8:
-            ax.annotate(system, points[0], textcoords="offset points", fontsize="x-small", **side)
+            ax.annotate(name(system), points[0], textcoords="offset points", fontsize="x-small", **side)
     if ax.collections:
         ax.figure.colorbar(ax.collections[0], label="needle found in 1,024 tokens")
     ax.margins(x=0.3)  # for the names at the edges
@@ -320,7 +334,7 @@ def draw_needle(ax, done: dict) -> None:
     for system, runs in ranking(done).items():
         if system in DRAWN:
             found = needles(runs[0])
-            ax.plot(found.keys(), found.values(), "o-", color=COLORS[system], label=system)
+            ax.plot(found.keys(), found.values(), "o-", color=COLORS[system], label=name(system))
             ticks = list(found)
     ax.axvline(length, color="0.5", ls=":")
     ax.axhline(0.1, color="0.5", ls="--")
@@ -331,9 +345,9 @@ def draw_needle(ax, done: dict) -> None:
 def draw_ladder(ax, done: dict) -> None:
     """The paper's accuracies against our loss, for the systems that its Table 1 has, whose names are at recall."""
     losses = {system: mean_loss(rows) for system, rows in ranking(done).items() if system in PAPER}
-    for i, name in enumerate(("general tasks", "recall tasks")):
+    for i, tasks in enumerate(("general tasks", "recall tasks")):
         accuracies = [PAPER[system][i] for system in losses]
-        ax.scatter(list(losses.values()), accuracies, marker="so"[i], color=f"C{i}", label=f"{name}, the paper's")
+        ax.scatter(list(losses.values()), accuracies, marker="so"[i], color=f"C{i}", label=f"{tasks}, the paper's")
     draw_names(ax, {system: (loss, PAPER[system][1]) for system, loss in losses.items()})
     ax.set(xlabel="validation loss here, nats per token", ylabel="accuracy in the paper's Table 1, %")
 
@@ -343,7 +357,7 @@ def draw_later(ax, done: dict) -> None:
     scale are of longer context, so its points are by themselves."""
     ranked = ranking(done)
     point = lambda runs: (runs[0]["tokens"] * operations(runs[0]), mean_loss(runs))  # noqa: E731
-    for (name, rows), style in zip(later(done).items(), ("x:", "o-", "s"), strict=True):
+    for (what, rows), style in zip(later(done).items(), ("x:", "o-", "s"), strict=True):
         ends = {system: point(runs) for system, runs in rows.items() if system in ranked}  # from below
         middle = statistics.median([x for x, _ in ends.values()] or [0])
         for right in (True, False):
@@ -353,19 +367,20 @@ def draw_later(ax, done: dict) -> None:
                 ax.plot(*line, style, color=COLORS[system], ms=5, lw=1, markevery=[1])
                 where = {"ha": "left" if right else "right", "xytext": (5 if right else -5, 0)}
                 where["va"] = ["top", "center", "bottom"][(i > 0) + (i == len(side) - 1)] if side[1:] else "center"
-                ax.annotate(system, ends[system], textcoords="offset points", fontsize="x-small", **where)
-        ax.plot([], style, color="0.4", ms=5, lw=1, label=name)
+                ax.annotate(name(system), ends[system], textcoords="offset points", fontsize="x-small", **where)
+        ax.plot([], style, color="0.4", ms=5, lw=1, label="large (longer context)" if what == "large" else what)
     ax.margins(x=0.35)  # for the names
     ax.set(xscale="log", xlabel="floating-point operations of training", ylabel="validation loss, nats per token")
 
 
 def draw_heads(ax, done: dict, kind: str) -> None:
     """After four epochs, what removing the heads of one kind from one block costs."""
-    for system, (row, *_) in later(done)["four epochs"].items():
+    for i, (system, (row, *_)) in enumerate(later(done)["four epochs"].items()):
         changes = pictures.numbers(row["heads"][kind])
         if not all(map(math.isnan, changes)):
-            ax.plot(range(1, len(changes) + 1), changes, "o-", color=COLORS[system], label=system)
+            ax.plot(range(1, len(changes) + 1), changes, "o-", color=COLORS[system], label=name(system), ms=10 - i)
     what = {"attn": "attention", "ssm": "SSM heads"}[kind]
+    ax.set_title("after four epochs, first seeds", fontsize="small")
     ax.set_yscale("symlog", linthresh=1e-3)  # removing some may help
     ax.set(xlabel="block, from 1", ylabel=f"change of the loss without its {what}, nats per token")
 
@@ -383,17 +398,17 @@ def main(done: dict, folder: Path) -> None:
     """Print the tables, and draw every picture into folder."""
     print(table(done), recall_table(done), later_table(done), sep="\n\n")
     plt = pictures.pyplot("--figures", needed=True)
-    for name, draw in PICTURES.items():
+    for picture, draw in PICTURES.items():
         fig, ax = plt.subplots(figsize=(7.5, max(4.5, 0.25 * len(SYSTEMS))))
         draw(ax, done)
         if ax.get_legend_handles_labels()[0]:
             ax.legend(fontsize="small")
         ax.grid(alpha=0.3)
         fig.tight_layout()
-        pictures.save(plt, folder / f"{name}.png")
-    long, names = later(done)["four epochs"].items(), [f"{name}.png" for name in PICTURES]
+        pictures.save(plt, folder / f"{picture}.png")
+    long, names = later(done)["four epochs"].items(), [f"{picture}.png" for picture in PICTURES]
     if models := {
-        s: {"pattern": r["flags"]["pattern"], "texts": {"": {"blocks": r["attention"]}}} for s, (r, *_) in long
+        name(s): {"pattern": r["flags"]["pattern"], "texts": {"": {"blocks": r["attention"]}}} for s, (r, *_) in long
     }:
         pictures.draw_attention(plt, models)
         plt.tight_layout()

@@ -190,17 +190,17 @@ def test_what_came_after_the_small_epochs():
         row.pop("decode_tokens_per_s", None)
     assert all(line.endswith("|  |  |  |") for line in figures.later_table(done).splitlines()[2:])  # not on a GPU
     figures.draw_later(axes := plt.figure().add_subplot(), done)
-    assert axes.get_legend_handles_labels()[1] == ["same operations", "four epochs", "large"]
+    assert axes.get_legend_handles_labels()[1] == ["same operations", "four epochs", "large (longer context)"]
     lines = [line.get_xydata() for line in axes.lines if len(line.get_xydata())]
     ends = [(text.get_text(), *text.xy, *line[0]) for text, line in zip(axes.texts, lines, strict=True)]
     names, x, y, _, start = zip(*ends, strict=True)  # the systems on the right come first
     assert [(name, round(loss, 3)) for name, loss in zip(names, y, strict=True)] == [
-        ("transformer", 1.6), ("hymba", 1.31), ("transformer", 1.3), ("hymba", 1.25), ("transformer", 1.3),
+        ("Transformer", 1.6), ("Hymba", 1.31), ("Transformer", 1.3), ("Hymba", 1.25), ("Transformer", 1.3),
     ]  # fmt: skip
     assert x[2] == pytest.approx(4e8 * 0.1281e9, rel=1e-3)  # 4e8 tokens
     assert start == pytest.approx([1.515] * 5)
     assert [text.get_va() for text in axes.texts] == ["center"] * 5
-    for kind, systems in (("attn", ["transformer", "hymba"]), ("ssm", ["hymba"])):
+    for kind, systems in (("attn", ["Transformer", "Hymba"]), ("ssm", ["Hymba"])):
         figures.draw_heads(axes := plt.figure().add_subplot(), done, kind)
         assert axes.get_legend_handles_labels()[1] == systems
     plt.close("all")
@@ -288,6 +288,7 @@ def test_which_rows_are_shown():
 
 DONE = study.read(ROOT / "results" / "runs.jsonl")
 PAGE = (ROOT / "docs" / "results.md").read_text().splitlines()
+LONG_NAMES = {"hymba-full-second": "Hymba, first block Mamba, second `H`"}  # in tables
 
 
 def test_alike_in_four_blocks():
@@ -327,8 +328,7 @@ def test_the_page_says_what_the_runs_say():
 
 def test_the_page_s_large_table():
     """Of each system the better rate and the other one."""
-    names = {"intra-layer": "intra-scattered", "Hymba, first block Mamba, second `H`": "hymba-full-second"}
-    names |= {"inter-layer": "inter"} | {name: name.lower() for name in ("Hymba", "Transformer", "Mamba")}
+    names = {LONG_NAMES.get(system, figures.name(system)): system for system in study.ranking(DONE, "large")}
     start = next(i for i, line in enumerate(PAGE) if line.startswith("| | rate | loss | bits per byte"))
     speeds, wide = figures.timed(DONE, "large"), study.ranking(DONE, "large")
     for better, other in zip(PAGE[start + 2 :: 2], PAGE[start + 3 :: 2], strict=False):
@@ -356,16 +356,34 @@ def test_the_page_s_recall_and_four_epochs():
     for system, blocks, *rest in map(cells, figures.recall_table(DONE).splitlines()[2:]):
         accuracies, others = rest[:7], rest[7:]  # of 4, 8, 16, 32, 64, 128 and 256 pairs
         (name,) = (line[0] for line in page if line[1:] == [blocks, accuracies[2], *accuracies[4:], *others])
-        assert name == f"`{system.removeprefix('hymba-')}`" or not name.startswith("`"), name
+        assert name in (figures.name(system), f"`{figures.name(system)}`", LONG_NAMES.get(system)), name
     later, ranked = figures.later(DONE)["four epochs"], study.ranking(DONE)
     start = next(i for i, line in enumerate(PAGE) if line.startswith("| | one epoch | four epochs"))
     for line, (system, rows) in zip(PAGE[start + 2 :], later.items(), strict=False):
-        name, found = cells(line)[0], figures.needles(rows[0])
+        name, found = LONG_NAMES.get(system, figures.name(system)), figures.needles(rows[0])
         loss, seeds = f"{study.mean_loss(rows):.3f}", ", ".join(f"{row['val_loss']:.3f}" for row in rows)
         wanted = [f"{study.mean_loss(ranked[system]):.3f}", f"{loss} ({seeds})" if len(rows) > 1 else loss]
         wanted += [f"{x:.3f}" for x in (statistics.mean(r["val_bpb"] for r in rows), *figures.reach(rows[0]))]
-        assert cells(line)[1:] == [*wanted, *(f"{found[n]:.2f}" for n in (1024, 2048, 4096))], name
+        assert cells(line) == [name, *wanted, *(f"{found[n]:.2f}" for n in (1024, 2048, 4096))]
     assert PAGE[start + 2 + len(later)] == ""
+
+
+def test_the_page_s_losses_beyond_the_training_length():
+    """At its end and at the end of 8 times that, of each seed that has them."""
+    start = next(i for i, line in enumerate(PAGE) if line.startswith("| | one epoch, at 1,024 | at 8,192"))
+    shown = [*figures.DRAWN, "hymba-full-second", "hymba-no-ssm"]
+    names = {LONG_NAMES.get(system, figures.name(system)): system for system in shown}
+    for line in PAGE[start + 2 : start + 2 + len(shown)]:
+        name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        system, wanted = names.pop(name.strip("`") if name == "`no-ssm`" else name), []
+        for where in (("small", "epoch"), ("small", "long"), ("large", "epoch")):
+            rows = [row for row in study.ranking(DONE, *where).get(system, []) if "position" in row]
+            found = [(row["flags"]["block_size"], *row["position"].values()) for row in rows]
+            ends = [f"{x['by_position'][x['edges'].index(n + 1) - 1]:.2f}" for n, x in found]
+            wanted += [", ".join(ends), ", ".join(f"{x['by_position'][-1]:.2f}" for _, x in found)]
+            assert all(x["edges"][-1] == 8 * n + 1 for n, x in found)
+        assert cells == wanted, line
+    assert not names
 
 
 def test_the_page_s_thresholds():
@@ -394,10 +412,8 @@ def test_the_page_s_thresholds():
 
 def test_readme_says_what_the_runs_say():
     """Its table has each system's losses and needle."""
-    rows = {"intra-layer": "intra-scattered", "Hymba, first block Mamba, second `H`": "hymba-full-second"}
-    rows |= {"inter-layer": "inter", "hybrid heads throughout": "intra", "Hymba": "hymba", "Mamba-2": "mamba2"}
-    rows |= {"Hymba with Mamba-2": "hymba-mamba2", "Transformer": "transformer", "sliding windows": "sliding"}
-    rows |= {"Mamba": "mamba"}
+    shown = [*figures.DRAWN, "hymba-full-second"]
+    rows = {LONG_NAMES.get(system, figures.name(system)): system for system in shown}
     front = (ROOT / "README.md").read_text().partition("| system | blocks |")[2].partition("\n\n")[0].splitlines()[2:]
     later, ranked = figures.later(DONE), study.ranking(DONE)
     for line in front:
@@ -421,11 +437,14 @@ def test_speeds_are_those_on_one_device():
     variant = study.Plan("hymba-no-meta", "small", "epoch", study.EPOCH, 1e-3)  # has no name
     figures.draw_throughput(axes := plt.figure().add_subplot(), done | {variant.key: made_up(variant, 1.0)})
     assert axes.lines[0].get_xydata().tolist() == [[1e4, 1.0]] and "on one H100" in axes.get_xlabel()
-    assert sorted(text.get_text() for text in axes.texts) == ["hymba", "inter", "transformer"] and len(axes.lines) == 4
+    assert (
+        sorted(text.get_text() for text in axes.texts) == ["Hymba", "Transformer", "inter-layer"]
+        and len(axes.lines) == 4
+    )
     wide = study.Plan(variant.system, "large", "epoch", 2 * study.EPOCH, 0.5e-3)  # now the small one has a name
     more = done | {plan.key: made_up(plan, 1.0) for plan in (variant, wide)}
     figures.draw_throughput(axes := plt.figure().add_subplot(), more)
-    assert variant.system in [text.get_text() for text in axes.texts] and len(axes.lines) == 4
+    assert "no-meta" in [text.get_text() for text in axes.texts] and len(axes.lines) == 4
     figures.draw_curves(axes := plt.figure().add_subplot(), done, seconds=True)
     assert len(axes.lines) == 3 and "on one H100" in axes.get_xlabel()
     figures.draw_curves(axes := plt.figure().add_subplot(), done, seconds=False)
@@ -437,7 +456,9 @@ def test_speeds_are_those_on_one_device():
     assert sorted(len(points.get_offsets()) for points in axes.collections) == [1, 1, 1, 2]
     found = made_up(variant, 3.0) | {"needle": {"lengths": [1024], "choice": [[1.0]]}}  # the worst, and finds all
     figures.draw_reach(axes := plt.figure().add_subplot(), done | {variant.key: found})
-    assert len(axes.collections) == 5 and sorted(text.get_text() for text in axes.texts) == sorted(figures.timed(done))
+    assert len(axes.collections) == 5 and sorted(text.get_text() for text in axes.texts) == sorted(
+        map(figures.name, figures.timed(done))
+    )
     plt.close("all")
 
 
@@ -451,7 +472,7 @@ def test_pictures_of_the_study():
         done[plan.key] = made_up(plan, 1.6 + i)
         plan = study.Plan(system, "recall", "recall", study.RECALL, study.RECALL_RATES[0])
         done[plan.key] = made_up(plan, 1.6)
-    drawn = ["transformer", "mamba", "intra", "intra-scattered"]  # one variant, and no other
+    drawn = ["Transformer", "Mamba", "hybrid heads throughout", "intra-layer"]  # one variant, and no other
     figures.draw_pairs(axes := plt.figure().add_subplot(), done)
     assert axes.get_legend_handles_labels()[1] == drawn
     again = study.Plan("mamba", "recall", "recall", study.RECALL, study.RECALL_RATES[0], 2)
@@ -472,7 +493,7 @@ def test_pictures_of_the_study():
     paper = {system: figures.PAPER[system] for system in ("transformer", "mamba", "intra")}
     assert sorted(general) == sorted([1.5, accuracy] for accuracy, _ in paper.values())
     assert {text.get_text(): list(text.xy) for text in axes.texts} == {
-        s: [1.5, recall] for s, (_, recall) in paper.items()
+        figures.name(system): [1.5, recall] for system, (_, recall) in paper.items()
     }
     assert sorted(recall) == sorted([1.5, accuracy] for _, accuracy in paper.values())
     for draw in figures.PICTURES.values():
