@@ -241,31 +241,45 @@ def draw_curves(ax, done: dict, seconds: bool) -> None:
     )
 
 
-def draw_names(ax, points: dict[str, tuple[float, float]]) -> None:
-    """The names of points, on the side away from the middle, below and above in turn."""
-    middle = statistics.median([x for x, _ in points.values()] or [0])
-    for i, (system, point) in enumerate(points.items()):
-        y = 3 if i % 2 else -9
-        side = {"ha": "left", "xytext": (5, y)} if point[0] > middle else {"ha": "right", "xytext": (-5, y)}
-        ax.annotate(name(system), point, textcoords="offset points", fontsize="small", **side)
-    ax.margins(x=0.35, y=0.1)  # for the names at the edges
+def draw_names(ax, points: dict[str, tuple[float, float]], size: str = "small") -> None:
+    """The names of points, each at the side of its own where the fewest other points are in the way, and no other name
+    if that can be. Called last: limits and scales of the axes decide on that."""
+    from matplotlib.transforms import Bbox
+
+    def place(text, side: tuple[int, int]) -> Bbox:
+        text.set(position=side, ha={6: "left", -6: "right", 0: "center"}[side[0]])
+        return text.get_window_extent()
+
+    ax.margins(x=0.2, y=0.1)  # for the names at the edges
+    ax.get_xlim(), ax.get_ylim()  # brings the transformation up to date
+    marks = [line.get_xydata() for line in ax.lines] + [dots.get_offsets() for dots in ax.collections]
+    marks = [xy for some in marks if len(some) for xy in ax.transData.transform(some)]
+    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in marks]
+    left, right = ax.bbox.x0, ax.bbox.x1
+    taken += 9 * [Bbox.from_extents(-1e4, -1e4, left, 1e4), Bbox.from_extents(right, -1e4, 1e4, 1e4)]  # outside
+    taken += 9 * [text.get_window_extent() for text in ax.texts]
+    sides = [(x, y) for x in (6, -6) for y in (0, 8, -8)] + [(0, 10), (0, -10)]  # in points
+    for system, point in points.items():
+        text = ax.annotate(name(system), point, (0, 0), textcoords="offset points", va="center", fontsize=size)
+        ways = {side: place(text, side).count_overlaps(taken) for side in sides}
+        taken += 9 * [place(text, min(ways, key=ways.get))]
 
 
 def draw_against(ax, points: dict[str, tuple[float, float]], x: str, y: str) -> None:
     for system, point in points.items():
         ax.plot(*point, "o", color=COLORS[system])
-    draw_names(ax, points)
     ax.set(xscale="log", xlabel=x, ylabel=y)
+    draw_names(ax, points)
 
 
 def draw_throughput(ax, done: dict) -> None:
-    """All systems; variants of Hymba, which are many, have no names, but for what was trained at the large scale, and
-    what has more parameters."""
-    rows, speeds, named = ranking(done), timed(done), {*MAIN, *ranking(done, "large"), "hymba-experts"}
+    """All systems; the variants, which are many, have no names, but for what was trained at the large scale, and what
+    has more parameters."""
+    rows, speeds, named = ranking(done), timed(done), {*DRAWN, *ranking(done, "large")}
     points = {s: (v, mean_loss(rows[s])) for s, row in speeds.items() if (v := row.get("decode_tokens_per_s"))}
-    variants = [points.pop(s) for s in [*points] if s not in named and s.startswith("hymba")]
+    variants = [points.pop(s) for s in [*points] if s not in named and not s.endswith("experts")]
     if variants:
-        ax.plot(*zip(*variants, strict=True), "o", color="0.7", ms=4, label="Hymba's variants")
+        ax.plot(*zip(*variants, strict=True), "o", color="0.7", ms=4, label="variants")
     x = f"decoding 64 sequences of 8,192 tokens on one {device_of(speeds)}, tokens/s"
     draw_against(ax, points, x, "validation loss, nats per token")
 
@@ -314,19 +328,19 @@ def draw_positions(ax, done: dict) -> None:
 def draw_reach(ax, done: dict) -> None:
     """Beyond the window, systems that find needles are ahead of what their loss within it lets expect. A line joins a
     system's two rates, and the better one has the name, but for variants that find needles: they lie close together."""
+    named = {}
     for i, system in enumerate(ranking(done)):
         rows = epochs(done, system)
         points = [reach(row) for row in rows]
         ax.plot(*zip(*points, strict=True), "0.8", zorder=0)
         colors = dict(c=[needle(row) for row in rows], vmin=0, vmax=1, cmap="viridis")
         ax.scatter(*zip(*points, strict=True), s=[36, 12][: len(rows)], **colors)
-        side = {"ha": "left", "xytext": (6, -3)} if i % 2 else {"ha": "right", "xytext": (-6, -3)}  # neighbours apart
         if i == 0 or system in MAIN or needle(rows[0]) < 0.8:
-            ax.annotate(name(system), points[0], textcoords="offset points", fontsize="x-small", **side)
+            named[system] = points[0]
     if ax.collections:
         ax.figure.colorbar(ax.collections[0], label="needle found in 1,024 tokens")
-    ax.margins(x=0.3)  # for the names at the edges
     ax.set(xlabel="loss within the window of 256, nats per token", ylabel="loss beyond it, nats per token")
+    draw_names(ax, named, "x-small")
 
 
 def draw_needle(ax, done: dict) -> None:
@@ -348,8 +362,8 @@ def draw_ladder(ax, done: dict) -> None:
     for i, tasks in enumerate(("general tasks", "recall tasks")):
         accuracies = [PAPER[system][i] for system in losses]
         ax.scatter(list(losses.values()), accuracies, marker="so"[i], color=f"C{i}", label=f"{tasks}, the paper's")
-    draw_names(ax, {system: (loss, PAPER[system][1]) for system, loss in losses.items()})
     ax.set(xlabel="validation loss here, nats per token", ylabel="accuracy in the paper's Table 1, %")
+    draw_names(ax, {system: (loss, PAPER[system][1]) for system, loss in losses.items()})
 
 
 def draw_later(ax, done: dict) -> None:
@@ -357,20 +371,16 @@ def draw_later(ax, done: dict) -> None:
     scale are of longer context, so its points are by themselves."""
     ranked = ranking(done)
     point = lambda runs: (runs[0]["tokens"] * operations(runs[0]), mean_loss(runs))  # noqa: E731
+    named = []
     for (what, rows), style in zip(later(done).items(), ("x:", "o-", "s"), strict=True):
-        ends = {system: point(runs) for system, runs in rows.items() if system in ranked}  # from below
-        middle = statistics.median([x for x, _ in ends.values()] or [0])
-        for right in (True, False):
-            side = [system for system, (x, _) in ends.items() if (x >= middle) == right]
-            for i, system in enumerate(side):
-                line = zip(point(ranked[system]), ends[system], strict=True)
-                ax.plot(*line, style, color=COLORS[system], ms=5, lw=1, markevery=[1])
-                where = {"ha": "left" if right else "right", "xytext": (5 if right else -5, 0)}
-                where["va"] = ["top", "center", "bottom"][(i > 0) + (i == len(side) - 1)] if side[1:] else "center"
-                ax.annotate(name(system), ends[system], textcoords="offset points", fontsize="x-small", **where)
+        named.append({system: point(runs) for system, runs in rows.items() if system in ranked})
+        for system, end in named[-1].items():
+            line = zip(point(ranked[system]), end, strict=True)
+            ax.plot(*line, style, color=COLORS[system], ms=5, lw=1, markevery=[1])
         ax.plot([], style, color="0.4", ms=5, lw=1, label="large (longer context)" if what == "large" else what)
-    ax.margins(x=0.35)  # for the names
     ax.set(xscale="log", xlabel="floating-point operations of training", ylabel="validation loss, nats per token")
+    for ends in named:
+        draw_names(ax, ends, "x-small")
 
 
 def draw_heads(ax, done: dict, kind: str) -> None:

@@ -193,13 +193,12 @@ def test_what_came_after_the_small_epochs():
     assert axes.get_legend_handles_labels()[1] == ["same operations", "four epochs", "large (longer context)"]
     lines = [line.get_xydata() for line in axes.lines if len(line.get_xydata())]
     ends = [(text.get_text(), *text.xy, *line[0]) for text, line in zip(axes.texts, lines, strict=True)]
-    names, x, y, _, start = zip(*ends, strict=True)  # the systems on the right come first
+    names, x, y, _, start = zip(*ends, strict=True)
     assert [(name, round(loss, 3)) for name, loss in zip(names, y, strict=True)] == [
-        ("Transformer", 1.6), ("Hymba", 1.31), ("Transformer", 1.3), ("Hymba", 1.25), ("Transformer", 1.3),
+        ("Transformer", 1.6), ("Transformer", 1.3), ("Hymba", 1.31), ("Hymba", 1.25), ("Transformer", 1.3),
     ]  # fmt: skip
-    assert x[2] == pytest.approx(4e8 * 0.1281e9, rel=1e-3)  # 4e8 tokens
+    assert x[1] == pytest.approx(4e8 * 0.1281e9, rel=1e-3)  # 4e8 tokens
     assert start == pytest.approx([1.515] * 5)
-    assert [text.get_va() for text in axes.texts] == ["center"] * 5
     for kind, systems in (("attn", ["Transformer", "Hymba"]), ("ssm", ["Hymba"])):
         figures.draw_heads(axes := plt.figure().add_subplot(), done, kind)
         assert axes.get_legend_handles_labels()[1] == systems
@@ -459,6 +458,21 @@ def test_speeds_are_those_on_one_device():
     assert len(axes.collections) == 5 and sorted(text.get_text() for text in axes.texts) == sorted(
         map(figures.name, figures.timed(done))
     )
+    plt.close("all")
+
+
+def test_names_in_pictures_are_not_in_the_way():
+    """Nor outside of the axes: of points close together, one at each edge, and one to whose right another is."""
+    plt = pytest.importorskip("matplotlib.pyplot")
+    axes = plt.figure().add_subplot()
+    points = dict(zip(study.SYSTEMS, [(1, 1), (1.02, 1.01), (1.04, 1), (10, 1), (0.1, 3), (0.11, 3)], strict=False))
+    figures.draw_against(axes, points, "x", "y")
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert [text.get_text() for text in axes.texts] == [figures.name(system) for system in points]
+    assert not any(box.count_overlaps([other for other in boxes if other is not box]) for box in boxes)
+    for box in boxes:
+        assert not any(box.contains(*axes.transData.transform(point)) for point in points.values())
+        assert axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1
     plt.close("all")
 
 
