@@ -5,6 +5,7 @@ The tables and pictures of study.py, from the rows of results/runs.jsonl.
 import math
 import re
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 
 import cost
@@ -41,14 +42,15 @@ NAMES = {
     "transformer": "Transformer", "mamba": "Mamba", "mamba2": "Mamba-2", "sliding": "sliding windows",
     "inter": "inter-layer", "intra-scattered": "intra-layer", "intra": "hybrid heads throughout", "hymba": "Hymba",
     "hymba-mamba2": "Hymba with Mamba-2", "hymba-experts": "Hymba with experts",
-    "transformer-experts": "Transformer with experts",
+    "transformer-experts": "Transformer with experts", "intra-clustered": "intra-layer, clustered",
+    "intra-sandwich": "intra-layer, sandwich", "inter-middle": "inter-layer, middle",
+    "inter-front": "inter-layer, front",
 }  # fmt: skip
 
 
 def name(system: str) -> str:
     """In pictures and on pages, where Hymba's variants have no prefix."""
-    kind, _, variant = system.partition("-")
-    return NAMES.get(system) or (variant if kind == "hymba" else f"{kind}-layer, {variant}")
+    return NAMES.get(system, system.removeprefix("hymba-"))
 
 
 def cache_mb(row: dict) -> float:
@@ -57,10 +59,10 @@ def cache_mb(row: dict) -> float:
 
 
 def recalled(done: dict, system: str, rate: float = RECALL_RATES[0]) -> list[dict]:
-    """Runs of recall, at the rate that all have or another one, of a system and of those that are the same model."""
+    """Runs of recall at a rate (that which all have, if not told) of a system and of those that are the same model."""
     same = ALIKE.get(system, system)
     runs = [row for key, row in done.items() if (key[0], ALIKE.get(key[1], key[1]), key[3]) == ("recall", same, rate)]
-    return [row for row in runs if row.get("accuracy") is not None]
+    return [row for row in runs if "accuracy" in row]  # what diverged has none
 
 
 def mean_recall(rows: list[dict]) -> float:
@@ -142,9 +144,9 @@ def markdown(lines: list[list[str]]) -> str:
 
 
 def table(done: dict) -> str:
-    """A line for each system with an epoch: the means of loss (and half its confidence interval), bits per byte and
-    recall over seeds, the needle of each, speeds on one device, the loss at the other rate, and what else is known of
-    the first seed."""
+    """A line for each system with an epoch: the means of loss (and half its confidence interval) and bits per byte over
+    seeds, and of recall over all runs of the same model at one rate, the needle of each seed, speeds on one device, the
+    loss at the other rate, and what else is known of the first seed."""
     halves, speeds = half_intervals(done), timed(done)
     heads = ["system", "pattern", "seeds", "loss", "+/-", "bits per byte", "rate", "other rate", "within", "beyond"]
     heads += ["recall", "needle", f"training, tokens/s ({device_of(speeds)})", "decoding, tokens/s", "cache, MB"]
@@ -164,10 +166,10 @@ def table(done: dict) -> str:
 
 
 def recall_table(done: dict) -> str:
-    """A line for each model of recall, the most accurate first: what its runs tell of so many pairs, a mean over them;
-    the mean over pairs of each run, at both rates; and the cache of a record."""
+    """A line for each model of recall, the most accurate first, if it has a run at the first rate: accuracy by number
+    of pairs and over all, means of its runs; that of each run at both rates; and the cache of a record."""
     runs = {system: found for system in SYSTEMS if system not in ALIKE and (found := recalled(done, system))}
-    pairs = [n for found in [*runs.values()][:1] for n in found[0]["pairs"]]
+    pairs = [*runs.values()][0][0]["pairs"] if runs else []
     heads = ["system", "pattern", *(f"{n} pairs" for n in pairs), "mean", *(f"at {rate:g}" for rate in RECALL_RATES)]
     lines = [[*heads, "cache, KB"]]
     for system, found in sorted(runs.items(), key=lambda item: -mean_recall(item[1])):
@@ -241,43 +243,43 @@ def draw_curves(ax, done: dict, seconds: bool) -> None:
     )
 
 
-def draw_names(ax, points: dict[str, tuple[float, float]], size: str = "small") -> None:
-    """The names of points, each at the side of its own where the fewest other points are in the way, and no other name
-    if that can be. Called last: limits and scales of the axes decide on that."""
+def draw_names(ax, points: Iterable[tuple[str, tuple[float, float]]], size: str = "small") -> None:
+    """Names of points, each at that side of its own where the fewest names are in the way, and of such sides where the
+    fewest points are; lines may be. Called last: limits and scales of the axes decide on that."""
     from matplotlib.transforms import Bbox
 
     def place(text, side: tuple[int, int]) -> Bbox:
         text.set(position=side, ha={6: "left", -6: "right", 0: "center"}[side[0]])
         return text.get_window_extent()
 
+    def in_the_way(text, side: tuple[int, int]) -> tuple[int, int]:
+        return (box := place(text, side)).count_overlaps(names), box.count_overlaps(dots)
+
     ax.margins(x=0.2, y=0.1)  # for the names at the edges
     ax.get_xlim(), ax.get_ylim()  # brings the transformation up to date
-    marks = [line.get_xydata() for line in ax.lines] + [dots.get_offsets() for dots in ax.collections]
-    marks = [xy for some in marks if len(some) for xy in ax.transData.transform(some)]
-    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in marks]
-    left, right = ax.bbox.x0, ax.bbox.x1
-    taken += 9 * [Bbox.from_extents(-1e4, -1e4, left, 1e4), Bbox.from_extents(right, -1e4, 1e4, 1e4)]  # outside
-    taken += 9 * [text.get_window_extent() for text in ax.texts]
+    marks = [line.get_xydata() for line in ax.lines] + [some.get_offsets() for some in ax.collections]
+    pixels = [xy for some in marks if len(some) for xy in ax.transData.transform(some)]
+    dots, left, right = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in pixels], ax.bbox.x0, ax.bbox.x1
+    names = [Bbox.from_extents(-1e4, -1e4, left, 1e4), Bbox.from_extents(right, -1e4, 1e4, 1e4)]  # outside of the axes
     sides = [(x, y) for x in (6, -6) for y in (0, 8, -8)] + [(0, 10), (0, -10)]  # in points
-    for system, point in points.items():
+    for system, point in points:
         text = ax.annotate(name(system), point, (0, 0), textcoords="offset points", va="center", fontsize=size)
-        ways = {side: place(text, side).count_overlaps(taken) for side in sides}
-        taken += 9 * [place(text, min(ways, key=ways.get))]
+        names.append(place(text, min(sides, key=lambda side, text=text: in_the_way(text, side))))
 
 
 def draw_against(ax, points: dict[str, tuple[float, float]], x: str, y: str) -> None:
     for system, point in points.items():
         ax.plot(*point, "o", color=COLORS[system])
     ax.set(xscale="log", xlabel=x, ylabel=y)
-    draw_names(ax, points)
+    draw_names(ax, points.items())
 
 
 def draw_throughput(ax, done: dict) -> None:
-    """All systems; the variants, which are many, have no names, but for what was trained at the large scale, and what
-    has more parameters."""
+    """All systems; the variants, which are many, have no names, but for the best of other pictures, what was trained at
+    the large scale, and what has more parameters."""
     rows, speeds, named = ranking(done), timed(done), {*DRAWN, *ranking(done, "large")}
     points = {s: (v, mean_loss(rows[s])) for s, row in speeds.items() if (v := row.get("decode_tokens_per_s"))}
-    variants = [points.pop(s) for s in [*points] if s not in named and not s.endswith("experts")]
+    variants = [points.pop(s) for s in [*points] if s not in named and "n_expert" not in SYSTEMS[s]]
     if variants:
         ax.plot(*zip(*variants, strict=True), "o", color="0.7", ms=4, label="variants")
     x = f"decoding 64 sequences of 8,192 tokens on one {device_of(speeds)}, tokens/s"
@@ -304,7 +306,8 @@ def draw_pairs(ax, done: dict) -> None:
     for i, system in enumerate(DRAWN):
         if runs := recalled(done, system):
             shares = {int(n): statistics.mean(r["pairs"][n]["accuracy"] for r in runs) for n in runs[0]["pairs"]}
-            ax.plot(shares.keys(), shares.values(), "o-", color=COLORS[system], label=name(system), ms=10 - 0.8 * i)
+            size = 10 - 0.8 * i  # points that coincide are seen
+            ax.plot(shares.keys(), shares.values(), "o-", color=COLORS[system], label=name(system), ms=size)
             ticks = list(shares)
     number_axis(ax, ticks)
     ax.set(xlabel="pairs", ylabel="accuracy of recall")
@@ -327,16 +330,18 @@ def draw_positions(ax, done: dict) -> None:
 
 def draw_reach(ax, done: dict) -> None:
     """Beyond the window, systems that find needles are ahead of what their loss within it lets expect. A line joins a
-    system's two rates, and the better one has the name, but for variants that find needles: they lie close together."""
-    named = {}
+    system's two rates, and the better one has a ring and the name, but for variants that find needles: they lie close
+    together."""
+    named = []
     for i, system in enumerate(ranking(done)):
         rows = epochs(done, system)
         points = [reach(row) for row in rows]
         ax.plot(*zip(*points, strict=True), "0.8", zorder=0)
         colors = dict(c=[needle(row) for row in rows], vmin=0, vmax=1, cmap="viridis")
-        ax.scatter(*zip(*points, strict=True), s=[36, 12][: len(rows)], **colors)
-        if i == 0 or system in MAIN or needle(rows[0]) < 0.8:
-            named[system] = points[0]
+        if known := i == 0 or system in MAIN or needle(rows[0]) < 0.8:
+            named.append((system, points[0]))
+        rings = ["k" if known else "none", "none"][: len(rows)]
+        ax.scatter(*zip(*points, strict=True), s=[36, 12][: len(rows)], edgecolors=rings, zorder=2 + known, **colors)
     if ax.collections:
         ax.figure.colorbar(ax.collections[0], label="needle found in 1,024 tokens")
     ax.set(xlabel="loss within the window of 256, nats per token", ylabel="loss beyond it, nats per token")
@@ -363,7 +368,7 @@ def draw_ladder(ax, done: dict) -> None:
         accuracies = [PAPER[system][i] for system in losses]
         ax.scatter(list(losses.values()), accuracies, marker="so"[i], color=f"C{i}", label=f"{tasks}, the paper's")
     ax.set(xlabel="validation loss here, nats per token", ylabel="accuracy in the paper's Table 1, %")
-    draw_names(ax, {system: (loss, PAPER[system][1]) for system, loss in losses.items()})
+    draw_names(ax, [(system, (loss, PAPER[system][1])) for system, loss in losses.items()])
 
 
 def draw_later(ax, done: dict) -> None:
@@ -373,14 +378,14 @@ def draw_later(ax, done: dict) -> None:
     point = lambda runs: (runs[0]["tokens"] * operations(runs[0]), mean_loss(runs))  # noqa: E731
     named = []
     for (what, rows), style in zip(later(done).items(), ("x:", "o-", "s"), strict=True):
-        named.append({system: point(runs) for system, runs in rows.items() if system in ranked})
-        for system, end in named[-1].items():
-            line = zip(point(ranked[system]), end, strict=True)
-            ax.plot(*line, style, color=COLORS[system], ms=5, lw=1, markevery=[1])
+        for system, runs in rows.items():
+            if system in ranked:
+                begin, end = point(ranked[system]), point(runs)
+                ax.plot(*zip(begin, end, strict=True), style, color=COLORS[system], ms=5, lw=1, markevery=[1])
+                named.append((system, end))
         ax.plot([], style, color="0.4", ms=5, lw=1, label="large (longer context)" if what == "large" else what)
     ax.set(xscale="log", xlabel="floating-point operations of training", ylabel="validation loss, nats per token")
-    for ends in named:
-        draw_names(ax, ends, "x-small")
+    draw_names(ax, named, "x-small")
 
 
 def draw_heads(ax, done: dict, kind: str) -> None:

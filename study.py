@@ -71,7 +71,7 @@ SYSTEMS |= {
     "transformer-experts": {"pattern": "T", "n_expert": 8},
     "hymba-experts": HYMBA | {"n_expert": 8},
 }
-# Which other system each of these is in the four blocks of recall
+# Systems that are the same model as another one in the four blocks of recall, which runs instead
 ALIKE = {"hymba-mamba-first": "hymba-full-second", "hymba-no-sharing": "hymba", "inter-middle": "inter"}
 ALIKE |= {"intra-clustered": "intra-scattered"}
 THIRD = ("hymba", "hymba-no-meta", "hymba-mamba-first")  # a third seed: the variants' two were 0.065 and 0.045 apart
@@ -255,7 +255,7 @@ def plans(done: dict) -> Iterator[Plan]:
     for systems, seed in ((late, 1), ([*long, *late], 2)):
         for system in systems:
             yield Plan(system, "small", "long", 4 * EPOCH, best[system], seed)
-    again = [system for system in long if system in (*MAIN, *recalling)]  # attention takes part in some of their runs
+    again = [system for system in long if system in (*MAIN, *recalling)]  # a third time
     for systems, seed in ((recalling, 2), (again, 3)):
         for system in systems:
             yield Plan(system, "recall", "recall", RECALL, RECALL_RATES[0], seed)

@@ -1,5 +1,6 @@
 """The study: what is to be run and in which order, sizes that match, tables, pictures, and what pages say of them."""
 
+import itertools
 import json
 import math
 import statistics
@@ -74,7 +75,7 @@ def test_the_study_ends_and_repeats_nothing():
     ended = {"hymba-no-meta": 1e-3, "hymba": 1e-3, "transformer": 0.25e-3, "inter": 1e-3, "mamba": 8e-3}
     second = [*ended.items(), ("hymba-full-second", 1e-3)]
     assert large == [(*pair, 1) for pair in first] + [(*pair, 2) for pair in second]
-    # Then the variants' recall, a third seed of it, and four epochs again
+    # Then the variants' recall, four epochs again, and a third seed of recall
     after = order[max(i for i, p in enumerate(order) if p.scale == "large") + 1 :]
     assert {(p.stage, p.system in study.MAIN and p.seed < 3) for p in after if p.stage != "long"} == {("recall", False)}
     won = {key: row | {"val_loss": 0.1} for key, row in done.items() if key[1] == "hymba-full-second"}
@@ -132,6 +133,7 @@ def test_tables_and_pictures(tmp_path, capsys):
     out = capsys.readouterr().out
     within = (99 * 3.0 + 150 * 2.0) / 249  # positions 1 to 249
     row = f"| hymba | `HhhhhHhhhhhH` | 2 | 1.515 | 0.013 | 0.758 | 0.001 |  | {within:.3f} | 1.000 | 0.50 | 0.50, 0.50 "
+    assert "| system | pattern | 4 pairs | 8 pairs | mean |" in out and "| what | system | rate |" in out
     assert row + "| 1,000,000 | 10,000 | 2" in out and "training, tokens/s (H100) | decoding" in out
     pictures = [*figures.PICTURES, "attention"]
     assert ", attention.png in" in out
@@ -266,7 +268,7 @@ def test_which_rows_are_shown():
     plan = study.Plan("hymba-no-sharing", "recall", "recall", study.RECALL, low, 1)  # the same model there
     done[plan.key] = made_up(plan, 1.0) | {"accuracy": 0.8}
     plan = study.Plan("hymba-diff", "recall", "recall", study.RECALL, low, 1)
-    done[plan.key] = made_up(plan, 1.0) | {"accuracy": None}  # diverged
+    done[plan.key] = {k: v for k, v in made_up(plan, 1.0).items() if k not in ("accuracy", "pairs")}  # diverged
     for system, found in (("hymba", [0.2, 0.6, 0.8]), ("hymba-no-sharing", [0.2, 0.6, 0.8]), ("hymba-diff", [])):
         assert [row["accuracy"] for row in figures.recalled(done, system)] == found
     lines = [line.split(" | ") for line in figures.recall_table(done).splitlines()]
@@ -287,21 +289,22 @@ def test_which_rows_are_shown():
 
 DONE = study.read(ROOT / "results" / "runs.jsonl")
 PAGE = (ROOT / "docs" / "results.md").read_text().splitlines()
+RECALL = (
+    "| system | blocks | 16 pairs | 64 | 128 | 256 | mean of 4 to 256 | each run, at 0.003 | at 0.006 | cache, KB |"
+)
 LONG_NAMES = {"hymba-full-second": "Hymba, first block Mamba, second `H`"}  # in tables
 
 
 def test_alike_in_four_blocks():
-    """Recall has each model once: these are other systems by their flags or by the keys and values that blocks own."""
-    first, twins = {}, {}
+    """Recall has each model once: two are the same by their flags, and by the keys and values that blocks own."""
+    models = {}
     for system in study.SYSTEMS:
         flags = study.settings(system, study.SCALES["recall"])
-        same = flags | {"kv_share": HymbaConfig(**study.config_fields(flags)).kv_owner}
-        like = first.setdefault(json.dumps(same, sort_keys=True), system)
-        if like != system:
-            twins[system] = like
+        models[system] = flags | {"kv_share": HymbaConfig(**study.config_fields(flags)).kv_owner}
     planned = lambda name: study.ALIKE.get(name, name)  # noqa: E731
-    assert {frozenset(pair) for pair in twins.items()} == {frozenset(pair) for pair in study.ALIKE.items()}
-    assert all(planned(planned(name)) == planned(name) for name in study.SYSTEMS)
+    for one, other in itertools.combinations(study.SYSTEMS, 2):
+        assert (models[one] == models[other]) == (planned(one) == planned(other)), (one, other)
+    assert not {*study.ALIKE} & {*study.MAIN}  # these are planned in any case
 
 
 def test_the_page_says_what_the_runs_say():
@@ -349,13 +352,15 @@ def test_the_page_s_large_table():
 
 
 def test_the_page_s_recall_and_four_epochs():
-    """Each line that is printed is there, with fewer columns."""
+    """Each line that is printed is there, in this order, and no other."""
     cells = lambda line: [cell.strip() for cell in line.strip("|").split("|")]  # noqa: E731
-    page = [cells(line) for line in PAGE if line.startswith("| ")]
-    for system, blocks, *rest in map(cells, figures.recall_table(DONE).splitlines()[2:]):
+    start, printed = PAGE.index(RECALL) + 2, figures.recall_table(DONE).splitlines()[2:]
+    for line, (system, blocks, *rest) in zip(PAGE[start:], map(cells, printed), strict=False):
         accuracies, others = rest[:7], rest[7:]  # of 4, 8, 16, 32, 64, 128 and 256 pairs
-        (name,) = (line[0] for line in page if line[1:] == [blocks, accuracies[2], *accuracies[4:], *others])
-        assert name in (figures.name(system), f"`{figures.name(system)}`", LONG_NAMES.get(system)), name
+        name, *numbers = cells(line)
+        assert numbers == [blocks, accuracies[2], *accuracies[4:], *others]
+        assert name in (figures.name(system), f"`{figures.name(system)}`", LONG_NAMES.get(system))
+    assert PAGE[start + len(printed)] == ""
     later, ranked = figures.later(DONE)["four epochs"], study.ranking(DONE)
     start = next(i for i, line in enumerate(PAGE) if line.startswith("| | one epoch | four epochs"))
     for line, (system, rows) in zip(PAGE[start + 2 :], later.items(), strict=False):
@@ -373,8 +378,8 @@ def test_the_page_s_losses_beyond_the_training_length():
     shown = [*figures.DRAWN, "hymba-full-second", "hymba-no-ssm"]
     names = {LONG_NAMES.get(system, figures.name(system)): system for system in shown}
     for line in PAGE[start + 2 : start + 2 + len(shown)]:
-        name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
-        system, wanted = names.pop(name.strip("`") if name == "`no-ssm`" else name), []
+        name, *cells = (cell.strip() for cell in line.replace("`no-ssm`", "no-ssm").strip("|").split("|"))
+        system, wanted = names.pop(name), []
         for where in (("small", "epoch"), ("small", "long"), ("large", "epoch")):
             rows = [row for row in study.ranking(DONE, *where).get(system, []) if "position" in row]
             found = [(row["flags"]["block_size"], *row["position"].values()) for row in rows]
@@ -436,14 +441,17 @@ def test_speeds_are_those_on_one_device():
     variant = study.Plan("hymba-no-meta", "small", "epoch", study.EPOCH, 1e-3)  # has no name
     figures.draw_throughput(axes := plt.figure().add_subplot(), done | {variant.key: made_up(variant, 1.0)})
     assert axes.lines[0].get_xydata().tolist() == [[1e4, 1.0]] and "on one H100" in axes.get_xlabel()
-    assert (
-        sorted(text.get_text() for text in axes.texts) == ["Hymba", "Transformer", "inter-layer"]
-        and len(axes.lines) == 4
-    )
+    assert sorted(text.get_text() for text in axes.texts) == ["Hymba", "Transformer", "inter-layer"]
+    assert len(axes.lines) == 4
     wide = study.Plan(variant.system, "large", "epoch", 2 * study.EPOCH, 0.5e-3)  # now the small one has a name
-    more = done | {plan.key: made_up(plan, 1.0) for plan in (variant, wide)}
+    more = done | {p.key: made_up(p, 1 + abs(p.learning_rate - 1e-3)) for p in (variant, wide, *plans_of("intra"))}
+    for system in ("hymba-experts", "intra-scattered", "intra-sandwich"):  # of these, the last one has no name
+        plan = study.Plan(system, "small", "epoch", study.EPOCH, 1e-3)
+        more[plan.key] = made_up(plan, 1.0)
     figures.draw_throughput(axes := plt.figure().add_subplot(), more)
-    assert "no-meta" in [text.get_text() for text in axes.texts] and len(axes.lines) == 4
+    named = ["Hymba", "Hymba with experts", "Transformer", "hybrid heads throughout", "inter-layer", "intra-layer"]
+    assert sorted(text.get_text() for text in axes.texts) == [*named, "no-meta"]
+    assert len(axes.lines) == 8
     figures.draw_curves(axes := plt.figure().add_subplot(), done, seconds=True)
     assert len(axes.lines) == 3 and "on one H100" in axes.get_xlabel()
     figures.draw_curves(axes := plt.figure().add_subplot(), done, seconds=False)
@@ -462,16 +470,18 @@ def test_speeds_are_those_on_one_device():
 
 
 def test_names_in_pictures_are_not_in_the_way():
-    """Nor outside of the axes: of points close together, one at each edge, and one to whose right another is."""
+    """Nor outside of the axes: points close together, one at each edge, one that has another to its right, and one
+    that has one of another kind."""
     plt = pytest.importorskip("matplotlib.pyplot")
     axes = plt.figure().add_subplot()
-    points = dict(zip(study.SYSTEMS, [(1, 1), (1.02, 1.01), (1.04, 1), (10, 1), (0.1, 3), (0.11, 3)], strict=False))
-    figures.draw_against(axes, points, "x", "y")
+    points = [(1, 1), (1.02, 1.01), (1.04, 1), (10, 1), (0.1, 3), (0.13, 3), (1, 2)]
+    axes.scatter([1.3], [2])
+    figures.draw_against(axes, points := dict(zip(study.SYSTEMS, points, strict=False)), "x", "y")
     boxes = [text.get_window_extent() for text in axes.texts]
     assert [text.get_text() for text in axes.texts] == [figures.name(system) for system in points]
     assert not any(box.count_overlaps([other for other in boxes if other is not box]) for box in boxes)
     for box in boxes:
-        assert not any(box.contains(*axes.transData.transform(point)) for point in points.values())
+        assert not any(box.contains(*axes.transData.transform(point)) for point in [*points.values(), (1.3, 2)])
         assert axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1
     plt.close("all")
 
