@@ -256,7 +256,7 @@ def draw_names(ax, points: Iterable[tuple[str, tuple[float, float]]], size: str 
         return (box := place(text, side)).count_overlaps(names), box.count_overlaps(dots)
 
     ax.margins(x=0.2, y=0.1)  # for the names at the edges
-    ax.get_xlim(), ax.get_ylim()  # brings the transformation up to date
+    ax.autoscale_view()  # at once: places of points in pixels depend on it
     marks = [line.get_xydata() for line in ax.lines] + [some.get_offsets() for some in ax.collections]
     pixels = [xy for some in marks if len(some) for xy in ax.transData.transform(some)]
     dots, left, right = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in pixels], ax.bbox.x0, ax.bbox.x1

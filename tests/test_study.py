@@ -193,7 +193,9 @@ def test_what_came_after_the_small_epochs():
     assert all(line.endswith("|  |  |  |") for line in figures.later_table(done).splitlines()[2:])  # not on a GPU
     figures.draw_later(axes := plt.figure().add_subplot(), done)
     assert axes.get_legend_handles_labels()[1] == ["same operations", "four epochs", "large (longer context)"]
-    lines = [line.get_xydata() for line in axes.lines if len(line.get_xydata())]
+    lines = [line for line in axes.lines if len(line.get_xydata())]
+    assert [line.get_linestyle() for line in lines] == [":", "-", "-", "None", "None"]  # the large scale is by itself
+    lines = [line.get_xydata() for line in lines]
     ends = [(text.get_text(), *text.xy, *line[0]) for text, line in zip(axes.texts, lines, strict=True)]
     names, x, y, _, start = zip(*ends, strict=True)
     assert [(name, round(loss, 3)) for name, loss in zip(names, y, strict=True)] == [
