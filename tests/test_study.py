@@ -294,7 +294,6 @@ PAGE = (ROOT / "docs" / "results.md").read_text().splitlines()
 RECALL = (
     "| system | blocks | 16 pairs | 64 | 128 | 256 | mean of 4 to 256 | each run, at 0.003 | at 0.006 | cache, KB |"
 )
-LONG_NAMES = {"hymba-full-second": "Hymba, first block Mamba, second `H`"}  # in tables
 
 
 def test_alike_in_four_blocks():
@@ -332,13 +331,13 @@ def test_the_page_says_what_the_runs_say():
 
 def test_the_page_s_large_table():
     """Of each system the better rate and the other one."""
-    names = {LONG_NAMES.get(system, figures.name(system)): system for system in study.ranking(DONE, "large")}
+    names = {figures.name(system): system for system in study.ranking(DONE, "large")}
     start = next(i for i, line in enumerate(PAGE) if line.startswith("| | rate | loss | bits per byte"))
     speeds, wide = figures.timed(DONE, "large"), study.ranking(DONE, "large")
     for better, other in zip(PAGE[start + 2 :: 2], PAGE[start + 3 :: 2], strict=False):
         if not better.startswith("| "):
             break
-        system = names.pop(better.split(" | ")[0].strip("| "))
+        system = names.pop(better.split(" | ")[0].strip("| `"))
         first, second = study.epochs(DONE, system, "large")
         for line, seeds in ((better, wide[system]), (other, [second])):
             row, found = seeds[0], figures.needles(seeds[0])
@@ -361,16 +360,16 @@ def test_the_page_s_recall_and_four_epochs():
         accuracies, others = rest[:7], rest[7:]  # of 4, 8, 16, 32, 64, 128 and 256 pairs
         name, *numbers = cells(line)
         assert numbers == [blocks, accuracies[2], *accuracies[4:], *others]
-        assert name in (figures.name(system), f"`{figures.name(system)}`", LONG_NAMES.get(system))
+        assert name.strip("`") == figures.name(system)
     assert PAGE[start + len(printed)] == ""
     later, ranked = figures.later(DONE)["four epochs"], study.ranking(DONE)
     start = next(i for i, line in enumerate(PAGE) if line.startswith("| | one epoch | four epochs"))
     for line, (system, rows) in zip(PAGE[start + 2 :], later.items(), strict=False):
-        name, found = LONG_NAMES.get(system, figures.name(system)), figures.needles(rows[0])
+        name, found = figures.name(system), figures.needles(rows[0])
         loss, seeds = f"{study.mean_loss(rows):.3f}", ", ".join(f"{row['val_loss']:.3f}" for row in rows)
         wanted = [f"{study.mean_loss(ranked[system]):.3f}", f"{loss} ({seeds})" if len(rows) > 1 else loss]
         wanted += [f"{x:.3f}" for x in (statistics.mean(r["val_bpb"] for r in rows), *figures.reach(rows[0]))]
-        assert cells(line) == [name, *wanted, *(f"{found[n]:.2f}" for n in (1024, 2048, 4096))]
+        assert cells(line.replace("`", "")) == [name, *wanted, *(f"{found[n]:.2f}" for n in (1024, 2048, 4096))]
     assert PAGE[start + 2 + len(later)] == ""
 
 
@@ -378,9 +377,9 @@ def test_the_page_s_losses_beyond_the_training_length():
     """At its end and at the end of 8 times that, of each seed that has them."""
     start = next(i for i, line in enumerate(PAGE) if line.startswith("| | one epoch, at 1,024 | at 8,192"))
     shown = [*figures.DRAWN, "hymba-full-second", "hymba-no-ssm"]
-    names = {LONG_NAMES.get(system, figures.name(system)): system for system in shown}
+    names = {figures.name(system): system for system in shown}
     for line in PAGE[start + 2 : start + 2 + len(shown)]:
-        name, *cells = (cell.strip() for cell in line.replace("`no-ssm`", "no-ssm").strip("|").split("|"))
+        name, *cells = (cell.strip() for cell in line.replace("`", "").strip("|").split("|"))
         system, wanted = names.pop(name), []
         for where in (("small", "epoch"), ("small", "long"), ("large", "epoch")):
             rows = [row for row in study.ranking(DONE, *where).get(system, []) if "position" in row]
@@ -422,11 +421,11 @@ def test_the_page_s_thresholds():
 def test_readme_says_what_the_runs_say():
     """Its table has each system's losses and needle."""
     shown = [*figures.DRAWN, "hymba-full-second"]
-    rows = {LONG_NAMES.get(system, figures.name(system)): system for system in shown}
+    rows = {figures.name(system): system for system in shown}
     front = (ROOT / "README.md").read_text().partition("| system | blocks |")[2].partition("\n\n")[0].splitlines()[2:]
     later, ranked = figures.later(DONE), study.ranking(DONE)
     for line in front:
-        name, _, *cells = (cell.strip(" |*") for cell in line.strip("| ").split(" | "))
+        name, _, *cells = (cell.strip(" |*`") for cell in line.strip("| ").split(" | "))
         runs = ranked[system := rows.pop(name)]
         after = [later[what].get(system) for what in ("four epochs", "large")]
         expected = [f"{study.mean_loss(seeds):.3f}" if seeds else "" for seeds in [runs, *after]]
