@@ -26,6 +26,7 @@ import itertools
 import json
 import math
 import re
+import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -103,7 +104,7 @@ def batches(model: Hymba, text: Text, length: int, n_tokens: int, title: str) ->
     Raises ValueError if the text is too short."""
     T = window(model, text, length)
     if len(text.tokens) <= T:
-        raise ValueError(f"the text has {len(text.tokens):,} tokens, too few for windows of {T:,} + 1: lower --length")
+        raise ValueError(f"the text has {len(text.tokens):,} tokens, too few for windows of {T:,} + 1: shorten these")
     n, new = max(1, min(n_tokens // T, len(text.tokens) // (T + 1))), T + 1 - len(text.begin)
     starts, size = even_starts(len(text.tokens), T, n, text.record), max(1, PREFILL // T)
     begin = np.array(text.begin, np.int64)
@@ -138,14 +139,15 @@ def loss(model: Hymba, text: Text, length: int = 0, longest: int = 0, n_tokens: 
     position: up to length in these windows, and beyond in windows of `longest` (0: 8 times as long, or as the text).
 
     A position is the number of tokens read, meta tokens not counted. Entry i is the mean over edges[i] <= position <
-    edges[i + 1], which grow by a constant factor. Errors are standard errors over windows.
+    edges[i + 1], which grow by a constant factor. Errors are standard errors over windows. Raises ValueError if the
+    text is too short for length or longest.
     """
     near, T = losses(model, text, length, n_tokens), window(model, text, length)
     mean, error = mean_and_error(np.nanmean(near, axis=1))
     bits = text.bytes_per_token and mean / math.log(2) / text.bytes_per_token
     result = {"length": T, "windows": len(near), "loss": mean, "error": error, "bits_per_byte": bits}
     result |= {"perplexity": math.exp(mean), "edges": [1], "by_position": [], "by_position_error": []}
-    longest = min(longest or 8 * T, len(text.tokens) - 1)
+    longest = longest or min(8 * T, len(text.tokens) - 1)
     parts = [(near, 1, T + 1)] if text.record == 1 else []
     if parts and longest > T:
         far = losses(model, text, longest, n_tokens, "by position")
@@ -166,7 +168,10 @@ def loss(model: Hymba, text: Text, length: int = 0, longest: int = 0, n_tokens: 
 @torch.no_grad()
 def recall(model: Hymba, text: Text, n_tokens: int = 2**30) -> dict:
     """Accuracy of the answers in records of a data set of recall.py, by the number of pairs that a record gives, and
-    the bytes of the cache that holds them. An answer is right if no other token of the vocabulary is likelier."""
+    the bytes of the cache that holds them. An answer is right if no other token of the vocabulary is likelier. Raises
+    ValueError for other texts."""
+    if text.record == 1:
+        raise ValueError("the text is no data set of recall.py, whose --help says how to train on one")
     shares = {}  # of right answers in each record, by its number of pairs
     for windows in batches(model, text, 0, n_tokens, "recall"):
         idx, targets = to_device(windows, model.embed.weight.device)
@@ -189,14 +194,16 @@ def recall(model: Hymba, text: Text, n_tokens: int = 2**30) -> dict:
 
 
 def codes(tokenizer: Tokenizer, rng: np.random.Generator, n: int, lead: str) -> np.ndarray:
-    """n different codes of five digits behind `lead`, all of as many tokens -> (n, L)."""
+    """n different codes of five digits behind `lead`, all of as many tokens -> (n, L). Raises ValueError if there are
+    not as many."""
     by_length = {}
-    while True:
+    for _ in range(100 * n):
         code = tuple(encode_piece(tokenizer, f"{lead}{rng.integers(10_000, 100_000)}"))
         alike = by_length.setdefault(len(code), {})
         alike[code] = None
         if len(alike) == n:
             return np.array(list(alike))
+    raise ValueError("--needle: this tokenizer has the same tokens for many numbers, so codes cannot be told apart")
 
 
 @torch.no_grad()
@@ -243,12 +250,14 @@ def needle(
     depths: tuple[float, ...] = (0, 0.25, 0.5, 0.75, 1), n: int = 16, fact: str = "The pass key is {}.",
     choices: int = 10,
 ) -> dict:  # fmt: skip
-    """A code that is told once in real text and asked for at its end, n times for each length and depth.
+    """A code that is told once in real text and asked for at its end, n times for each length and depth (pass keys:
+    Mohtashami and Jaggi, https://arxiv.org/abs/2305.16300; retrieval: Bae et al., https://arxiv.org/abs/2510.04800).
 
     {} in the fact is the code, and the question is what stands before {}, again. lengths are tokens of text, fact,
     question and answer together (None: up to 4 times block_size). Depth 0 puts the fact first, and 1 puts it last.
     Results are matrices, depths by lengths: `greedy`, the share of codes that greedy decoding gives; `choice`, the
-    share that is likelier than choices - 1 other codes, 1 / choices by chance; `loss`, nats of the right code.
+    share that is likelier than choices - 1 other codes, 1 / choices by chance; `loss`, nats of the right code. Raises
+    ValueError if a length or the text is too short, or the tokenizer cannot tell codes apart.
     """
     engine, device, rng = Engine(model), model.embed.weight.device, np.random.default_rng(0)
     question, end, pool, need = needle_tokens(tokenizer, fact, rng)
@@ -306,6 +315,8 @@ def attention(model: Hymba, text: Text, length: int = 0, n_tokens: int = 2**15) 
     - attn, ssm: root mean square of the outputs of the heads (Fig. 12); attn_branch_norm, ssm_branch_norm: once normed.
     - memory: effective length of a state, the number of tokens m for which exp(-m dt A) = 1 / e, where dt is the mean
       of its channel's steps over the text. The mean of the block, and what 10, 50 and 90% of its states stay below.
+
+    Raises ValueError if the text is too short.
     """
     with watching(model) as watches:
         for windows in batches(model, text, length, n_tokens, "attention"):
@@ -375,10 +386,9 @@ def open_inputs(args: Namespace, name: str) -> tuple[Path, Tokenizer | None, dic
                 needle_lengths(text, parse_lengths(args.lengths), need, block_size)
             except ValueError as e:
                 raise ValueError(f"{folder}, {path}: {e}") from None
-        elif len(text.tokens) <= least:
-            raise ValueError(
-                f"{path} has {len(text.tokens):,} tokens, too few for windows of {least:,}: lower --length"
-            )
+        elif len(text.tokens) <= (most := max(least, args.longest)):
+            lower = "--longest" if most > least else "--length"
+            raise ValueError(f"{path} has {len(text.tokens):,} tokens, too few for windows of {most:,}: lower {lower}")
     return folder, tokenizer, texts
 
 
@@ -540,4 +550,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    sys.path.append(sys.path.pop(0))  # tasks of the harness that import a package called evaluate do not want this file
     run("evaluate.py", main, "--length, --longest or --lengths")

@@ -71,6 +71,8 @@ def test_recall_of_a_perfect_predictor_and_of_a_random_one(monkeypatch):
     model = small("hM", vocab_size=vocab, n_embd=vocab, tied=False)
     random = evaluate.recall(model, text)
     assert list(random["pairs"]) == ["2", "4", "8"] and random["accuracy"] < 0.15
+    with pytest.raises(ValueError, match="the text is no data set of recall.py"):
+        evaluate.recall(model, Text(text.tokens))
     assert random["cache_bytes"] == cost.cache_bytes(model.config, length)
     expected, numbers = answers(records), dict(zip(answers(records), np.repeat(pairs, 40), strict=True))
 
@@ -115,6 +117,13 @@ def test_needle_s_loss():
     text = torch.cat([prompt[0], answers[0, 0]])[None]
     logits = model(text[:, :-1])[0, -answers.shape[2] :]
     assert abs(result["loss"][0][0] - F.cross_entropy(logits, answers[0, 0], reduction="sum").item()) < 1e-4
+
+
+def test_codes_that_are_all_alike(monkeypatch):
+    """A tokenizer that has one token for all digits would make codes be looked for without an end."""
+    monkeypatch.setattr(evaluate, "encode_piece", lambda tokenizer, text: [0 if c.isdigit() else 1 for c in text])
+    with pytest.raises(ValueError, match="the same tokens for many numbers, so codes cannot be told apart"):
+        evaluate.codes(BYTES, np.random.default_rng(0), 1000, " ")
 
 
 def test_needle_of_a_reader_and_of_a_guesser(monkeypatch):
@@ -509,6 +518,7 @@ def test_what_is_wrong_is_said_first(runs, corpus, tmp_path, monkeypatch):
     a, r, latin = runs / "out/a", runs / "out/r", tmp_path / "latin.txt"
     latin.write_bytes(b"\xe9" * 100)
     (tmp_path / "short.txt").write_text("short")
+    (tmp_path / "long.txt").write_text("x" * 100)
     (tmp_path / "empty.txt").touch()
     (tmp_path / "other.json").mkdir()
     (tmp_path / "own.json").write_text('{"models": 3}')
@@ -530,6 +540,7 @@ def test_what_is_wrong_is_said_first(runs, corpus, tmp_path, monkeypatch):
         (["loss", a, "--text=nowhere.txt"], "no file or folder nowhere.txt"),
         (["loss", a, f"--text={latin}"], "latin.txt is not UTF-8 text"),
         (["loss", a, f"--text={tmp_path / 'short.txt'}"], "has 5 tokens, too few for windows of 24: lower --length"),
+        (["loss", a, f"--text={tmp_path / 'long.txt'}", "--longest=100"], "100 tokens, .* of 100: lower --longest"),
         (["loss", a, "--dataset=none"], "no data set at"),
         (["loss", tmp_path / "nothing"], "does not say what it was trained on: pass --text=FILE or --dataset=NAME"),
         (["loss", tmp_path / "other"], "has other tokens than .*: prepare it with that tokenizer, or pass --text"),

@@ -2,11 +2,15 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 import types
 
 import pytest
 import torch
 from released import write_chat_tokenizer
+from runs import ROOT
 
 import evaluate
 import harness
@@ -168,6 +172,21 @@ def test_against_transformers(tasks, tmp_path, monkeypatch):
     ))  # fmt: skip
     whole = tokenizer.encode_ordinary("the fox")
     assert abs(rolled - log_p(theirs, whole[:1], whole[1:])[0]) < 1e-3 and abs(rolled - alone) < 1e-6
+
+
+def test_tasks_that_import_a_package_called_evaluate(tasks, tmp_path):
+    """As many of the harness's own do: they find the package, and not this repository's file."""
+    (tmp_path / "packages/evaluate").mkdir(parents=True)
+    (tmp_path / "packages/evaluate/__init__.py").write_text("def load(name): return name\n")
+    (tasks / "helper.py").write_text("import evaluate\n\ndef text(doc): return evaluate.load(doc['question'])\n")
+    file = tasks / "choice.yaml"
+    file.write_text(file.read_text().replace("'{{question}}'", "!function helper.text"))
+    small("hM", vocab_size=257, block_size=64).save_pretrained(tmp_path / "model", tokenizer="bytes")
+    flags = [f"--init_from={tmp_path / 'model'}", "--tasks=local_choice", f"--include={tasks}", "--device=cpu"]
+    command = [sys.executable, ROOT / "evaluate.py", "harness", *flags]
+    env = os.environ | {"PYTHONPATH": str(tmp_path / "packages"), "TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert done.returncode == 0 and "local_choice" in done.stdout, done.stderr
 
 
 def test_harness_command(tasks, tmp_path, capsys):
