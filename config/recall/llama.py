@@ -1,6 +1,6 @@
 """
 Recall with full attention alone: it sees every pair, for the largest cache, and is slow to learn where a pair stands
-(at a third or twice the rate, 16,000 steps are not enough).
+(at a third or twice the rate, or with some seeds, 16,000 steps are not enough).
 
 Data: python recall.py
 """
