@@ -54,6 +54,7 @@ from sample import pick_device
 from tokenizer import Tokenizer, encode_piece, tokenizer_of
 from training import even_starts, to_device
 
+NO_RECORDS = "no data set of recall.py, whose --help says how to train on one"
 TASKS = ("loss", "recall", "needle", "heads", "attention", "harness")
 READ_BY = {"length": ("loss", "heads", "attention", "harness"), "tokens": ("loss", "recall", "heads", "attention")}
 READ_BY |= {"longest": ("loss",)} | dict.fromkeys(("needle", "lengths", "trials"), ("needle",))
@@ -104,7 +105,7 @@ def batches(model: Hymba, text: Text, length: int, n_tokens: int, title: str) ->
     Raises ValueError if the text is too short."""
     T = window(model, text, length)
     if len(text.tokens) <= T:
-        raise ValueError(f"the text has {len(text.tokens):,} tokens, too few for windows of {T:,} + 1: shorten these")
+        raise ValueError(f"the text has {len(text.tokens):,} tokens, too few for a window of {T:,} + 1: use shorter ones")
     n, new = max(1, min(n_tokens // T, len(text.tokens) // (T + 1))), T + 1 - len(text.begin)
     starts, size = even_starts(len(text.tokens), T, n, text.record), max(1, PREFILL // T)
     begin = np.array(text.begin, np.int64)
@@ -171,7 +172,7 @@ def recall(model: Hymba, text: Text, n_tokens: int = 2**30) -> dict:
     the bytes of the cache that holds them. An answer is right if no other token of the vocabulary is likelier. Raises
     ValueError for other texts."""
     if text.record == 1:
-        raise ValueError("the text is no data set of recall.py, whose --help says how to train on one")
+        raise ValueError(f"the text is {NO_RECORDS}")
     shares = {}  # of right answers in each record, by its number of pairs
     for windows in batches(model, text, 0, n_tokens, "recall"):
         idx, targets = to_device(windows, model.embed.weight.device)
@@ -370,7 +371,7 @@ def open_inputs(args: Namespace, name: str) -> tuple[Path, Tokenizer | None, dic
         raise ValueError(f"{folder}: its tokens stand for no text; use the tasks recall, loss, heads and attention")
     texts = {} if args.task == "harness" else texts_of(args, folder, tokenizer)
     if args.task == "recall" and any(text.record == 1 for text in texts.values()):
-        raise ValueError(f"{', '.join(texts)}: no data set of recall.py, whose --help says how to train on one")
+        raise ValueError(f"{', '.join(texts)}: {NO_RECORDS}")
     block_size = checkpoint.read_config(folder)[2].block_size
     least = args.length or block_size
     for path, text in texts.items():

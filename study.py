@@ -260,8 +260,9 @@ def plans(done: dict) -> Iterator[Plan]:
     for systems, seed in ((recalling, 2), (again, 3)):
         for system in systems:
             yield Plan(system, "recall", "recall", RECALL, RECALL_RATES[0], seed)
-    for system in (system for system in five if system not in (*long, *late)):
-        yield Plan(system, "small", "long", 4 * EPOCH, best[system])
+    for system in five:
+        if system not in (*long, *late):
+            yield Plan(system, "small", "long", 4 * EPOCH, best[system])
 
 
 def epochs(done: dict, system: str, scale: str = "small", stage: str = "epoch") -> list[dict]:
