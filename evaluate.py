@@ -105,7 +105,7 @@ def batches(model: Hymba, text: Text, length: int, n_tokens: int, title: str) ->
     Raises ValueError if the text is too short."""
     T = window(model, text, length)
     if len(text.tokens) <= T:
-        raise ValueError(f"the text has {len(text.tokens):,} tokens, too few for a window of {T:,} + 1: use shorter ones")
+        raise ValueError(f"{len(text.tokens):,} tokens of text are too few for a window of {T:,} + 1: use shorter ones")
     n, new = max(1, min(n_tokens // T, len(text.tokens) // (T + 1))), T + 1 - len(text.begin)
     starts, size = even_starts(len(text.tokens), T, n, text.record), max(1, PREFILL // T)
     begin = np.array(text.begin, np.int64)

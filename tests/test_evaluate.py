@@ -56,7 +56,7 @@ def test_loss_and_loss_by_position(pattern):
         assert abs(result["by_position"][i] - part.mean().item()) < 1e-4
         assert abs(result["by_position_error"][i] - part.std().item() / len(part) ** 0.5) < 1e-4
     assert evaluate.loss(model, Text(TOKENS[:100]), length=32)["edges"][-1] == 100  # 8 times 32 are more
-    with pytest.raises(ValueError, match="has 100 tokens, too few for a window of 100 \\+ 1: use shorter ones"):
+    with pytest.raises(ValueError, match="100 tokens of text are too few for a window of 100 \\+ 1: use shorter"):
         evaluate.loss(model, Text(TOKENS[:100]), length=32, longest=100)
     assert evaluate.loss(model, Text(TOKENS[:33]), length=32)["error"] is None
 
