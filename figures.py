@@ -37,6 +37,7 @@ PAPER = {
 LATER = {"same operations": ("small", "flops"), "four epochs": ("small", "long"), "large": ("large", "epoch")}
 DRAWN = [*MAIN, "intra-scattered"]  # in pictures that all systems would crowd
 COLORS = {system: "C9" if system.startswith("hymba-") else "C8" for system in SYSTEMS}  # in all pictures, of variants
+COLORS |= {system: "k" for system in SYSTEMS if "n_expert" in SYSTEMS[system]}
 COLORS |= {system: f"C{i}" for i, system in enumerate(MAIN)}
 NAMES = {
     "transformer": "Transformer", "mamba": "Mamba", "mamba2": "Mamba-2", "sliding": "sliding windows",
@@ -135,6 +136,16 @@ def reach(row: dict) -> tuple[float, float]:
     within = [(loss, high - low) for loss, low, high in bins if high <= window + 1]
     beyond = [(loss, high - low) for loss, low, high in bins if window < low and high <= end + 1]
     return tuple(sum(loss * n for loss, n in part) / sum(n for _, n in part) for part in (within, beyond))
+
+
+def known(done: dict) -> set[str]:
+    """Systems with names in pictures of all: those of other pictures, at the large scale, or with more parameters."""
+    return {*DRAWN, *ranking(done, "large"), *(system for system in SYSTEMS if "n_expert" in SYSTEMS[system])}
+
+
+def shown(done: dict) -> dict[str, list[dict]]:
+    """Of the runs of four epochs, those whose insides are in pictures."""
+    return {system: rows for system, rows in later(done)["four epochs"].items() if system in known(done)}
 
 
 def markdown(lines: list[list[str]]) -> str:
@@ -243,9 +254,10 @@ def draw_curves(ax, done: dict, seconds: bool) -> None:
     )
 
 
-def draw_names(ax, points: Iterable[tuple[str, tuple[float, float]]], size: str = "small") -> None:
-    """Names of points, each at that side of its own where the fewest names are in the way, and of such sides where the
-    fewest points are; lines may be. Called last: limits and scales of the axes decide on that."""
+def draw_names(ax, points: Iterable[tuple[str, tuple[float, float]]], size: str = "small", colors: bool = True) -> None:
+    """Names of points, in the colors of their systems or black, each at that side of its own where the fewest names are
+    in the way, and of such sides where the fewest points are; lines may be. Called last: limits and scales of the axes
+    decide on that."""
     from matplotlib.transforms import Bbox
 
     def place(text, side: tuple[int, int]) -> Bbox:
@@ -262,8 +274,10 @@ def draw_names(ax, points: Iterable[tuple[str, tuple[float, float]]], size: str 
     dots, left, right = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in pixels], ax.bbox.x0, ax.bbox.x1
     names = [Bbox.from_extents(-1e4, -1e4, left, 1e4), Bbox.from_extents(right, -1e4, 1e4, 1e4)]  # outside of the axes
     sides = [(x, y) for x in (6, -6) for y in (0, 8, -8)] + [(0, 10), (0, -10)]  # in points
+    sides += [(x, y) for y in (16, -16) for x in (6, -6)]
     for system, point in points:
         text = ax.annotate(name(system), point, (0, 0), textcoords="offset points", va="center", fontsize=size)
+        text.set_color(COLORS[system] if colors else "k")
         names.append(place(text, min(sides, key=lambda side, text=text: in_the_way(text, side))))
 
 
@@ -275,11 +289,10 @@ def draw_against(ax, points: dict[str, tuple[float, float]], x: str, y: str) -> 
 
 
 def draw_throughput(ax, done: dict) -> None:
-    """All systems; the variants, which are many, have no names, but for the best of other pictures, what was trained at
-    the large scale, and what has more parameters."""
-    rows, speeds, named = ranking(done), timed(done), {*DRAWN, *ranking(done, "large")}
+    """All systems; the variants, which are many, have no names, but for those that are known."""
+    rows, speeds, named = ranking(done), timed(done), known(done)
     points = {s: (v, mean_loss(rows[s])) for s, row in speeds.items() if (v := row.get("decode_tokens_per_s"))}
-    variants = [points.pop(s) for s in [*points] if s not in named and "n_expert" not in SYSTEMS[s]]
+    variants = [points.pop(s) for s in [*points] if s not in named]
     if variants:
         ax.plot(*zip(*variants, strict=True), "o", color="0.7", ms=4, label="variants")
     x = f"decoding 64 sequences of 8,192 tokens on one {device_of(speeds)}, tokens/s"
@@ -345,7 +358,7 @@ def draw_reach(ax, done: dict) -> None:
     if ax.collections:
         ax.figure.colorbar(ax.collections[0], label="needle found in 1,024 tokens")
     ax.set(xlabel="loss within the window of 256, nats per token", ylabel="loss beyond it, nats per token")
-    draw_names(ax, named, "x-small")
+    draw_names(ax, named, "x-small", colors=False)
 
 
 def draw_needle(ax, done: dict) -> None:
@@ -368,7 +381,7 @@ def draw_ladder(ax, done: dict) -> None:
         accuracies = [PAPER[system][i] for system in losses]
         ax.scatter(list(losses.values()), accuracies, marker="so"[i], color=f"C{i}", label=f"{tasks}, the paper's")
     ax.set(xlabel="validation loss here, nats per token", ylabel="accuracy in the paper's Table 1, %")
-    draw_names(ax, [(system, (loss, PAPER[system][1])) for system, loss in losses.items()])
+    draw_names(ax, [(system, (loss, PAPER[system][1])) for system, loss in losses.items()], colors=False)
 
 
 def draw_later(ax, done: dict) -> None:
@@ -381,8 +394,10 @@ def draw_later(ax, done: dict) -> None:
         for system, runs in rows.items():
             if system in ranked:
                 begin, end = point(ranked[system]), point(runs)
-                ax.plot(*zip(begin, end, strict=True), style, color=COLORS[system], ms=5, lw=1, markevery=[1])
-                named.append((system, end))
+                color = COLORS[system] if system in known(done) else "0.7"
+                ax.plot(*zip(begin, end, strict=True), style, color=color, ms=5, lw=1, markevery=[1])
+                if system in known(done):
+                    named.append((system, end))
         ax.plot([], style, color="0.4", ms=5, lw=1, label="large (longer context)" if what == "large" else what)
     ax.set(xscale="log", xlabel="floating-point operations of training", ylabel="validation loss, nats per token")
     draw_names(ax, named, "x-small")
@@ -390,7 +405,7 @@ def draw_later(ax, done: dict) -> None:
 
 def draw_heads(ax, done: dict, kind: str) -> None:
     """After four epochs, what removing the heads of one kind from one block costs."""
-    for i, (system, (row, *_)) in enumerate(later(done)["four epochs"].items()):
+    for i, (system, (row, *_)) in enumerate(shown(done).items()):
         changes = pictures.numbers(row["heads"][kind])
         if not all(map(math.isnan, changes)):
             ax.plot(range(1, len(changes) + 1), changes, "o-", color=COLORS[system], label=name(system), ms=10 - i)
@@ -421,9 +436,10 @@ def main(done: dict, folder: Path) -> None:
         ax.grid(alpha=0.3)
         fig.tight_layout()
         pictures.save(plt, folder / f"{picture}.png")
-    long, names = later(done)["four epochs"].items(), [f"{picture}.png" for picture in PICTURES]
+    names = [f"{picture}.png" for picture in PICTURES]
     if models := {
-        name(s): {"pattern": r["flags"]["pattern"], "texts": {"": {"blocks": r["attention"]}}} for s, (r, *_) in long
+        name(system): {"pattern": row["flags"]["pattern"], "texts": {"": {"blocks": row["attention"]}}}
+        for system, (row, *_) in shown(done).items()
     }:
         pictures.draw_attention(plt, models)
         plt.tight_layout()

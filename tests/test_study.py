@@ -208,9 +208,17 @@ def test_what_came_after_the_small_epochs():
     ]  # fmt: skip
     assert x[1] == pytest.approx(4e8 * 0.1281e9, rel=1e-3)  # 4e8 tokens
     assert start == pytest.approx([1.515] * 5)
+    for system in ("hymba-concat", "hymba-experts"):  # a variant, and one with more parameters
+        plans = [study.Plan(system, "small", stage, 4e8, 1e-3) for stage in ("epoch", "long")]
+        done |= {plan.key: made_up(plan, 1.5 if plan.stage == "long" else 1.7) for plan in plans}
+    figures.draw_later(axes := plt.figure().add_subplot(), done)
+    black, names = [line for line in axes.lines if line.get_color() == "k"], [text.get_text() for text in axes.texts]
+    assert len(black) == 1 and "Hymba with experts" in names and "concat" not in names
+    assert [line.get_xydata()[1, 1] for line in axes.lines if line.get_color() == "0.7"] == [1.5]
+    assert {text.get_color() for text in axes.texts} == {"k", *(figures.COLORS[s] for s in ("transformer", "hymba"))}
     for kind, systems in (("attn", ["Transformer", "Hymba"]), ("ssm", ["Hymba"])):
         figures.draw_heads(axes := plt.figure().add_subplot(), done, kind)
-        assert axes.get_legend_handles_labels()[1] == systems
+        assert axes.get_legend_handles_labels()[1] == [*systems, "Hymba with experts"]
     plt.close("all")
 
 
