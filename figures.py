@@ -294,7 +294,7 @@ def draw_throughput(ax, done: dict) -> None:
     points = {s: (v, mean_loss(rows[s])) for s, row in speeds.items() if (v := row.get("decode_tokens_per_s"))}
     variants = [points.pop(s) for s in [*points] if s not in named]
     if variants:
-        ax.plot(*zip(*variants, strict=True), "o", color="0.7", ms=4, label="variants")
+        ax.plot(*zip(*variants, strict=True), "o", color="0.7", ms=4, label="other variants")
     x = f"decoding 64 sequences of 8,192 tokens on one {device_of(speeds)}, tokens/s"
     draw_against(ax, points, x, "validation loss, nats per token")
 

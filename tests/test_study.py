@@ -123,7 +123,7 @@ def test_sizes_match(scale):
         assert flops(system, study.SCALES[scale], "flops") == pytest.approx(like, rel=0.01)
 
 
-def test_tables_and_pictures(tmp_path, capsys):
+def test_tables_and_pictures(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     results = tmp_path / "runs.jsonl"
     done = {}
@@ -131,6 +131,10 @@ def test_tables_and_pictures(tmp_path, capsys):
         done[plan.key] = made_up(plan, 1.5 + abs(plan.learning_rate - 1e-3) + plan.seed / 100)
     plan = study.Plan("hymba", "small", "long", 4 * study.EPOCH, 1e-3)
     done[plan.key] = made_up(plan, 1.4)
+    plan = study.Plan("hymba-concat", "small", "long", 4 * study.EPOCH, 1e-3)
+    done[plan.key] = made_up(plan, 1.4)  # a variant, whose insides are not shown
+    inside, draw = [], figures.pictures.draw_attention
+    monkeypatch.setattr(figures.pictures, "draw_attention", lambda plt, of: inside.extend(of) or draw(plt, of))
     other = [row | {"seed": 3, "study_data": "other"} for row in done.values() if row["stage"] == "epoch"]
     results.write_text("".join(json.dumps(row) + "\n" for row in [*other, *done.values()]))
     assert list(study.read(results)) == list(done)  # on the data of the last line
@@ -141,7 +145,7 @@ def test_tables_and_pictures(tmp_path, capsys):
     assert "| system | pattern | 4 pairs | 8 pairs | mean |" in out and "| what | system | rate |" in out
     assert row + "| 1,000,000 | 10,000 | 2" in out and "training, tokens/s (H100) | decoding" in out
     pictures = [*figures.PICTURES, "attention"]
-    assert ", attention.png in" in out
+    assert ", attention.png in" in out and inside == ["Hymba"]
     assert "hours on one GPU" in out and all((tmp_path / f"{name}.png").stat().st_size for name in pictures)
     wrong = {
         "nothing to do": [],
@@ -219,6 +223,12 @@ def test_what_came_after_the_small_epochs():
     for kind, systems in (("attn", ["Transformer", "Hymba"]), ("ssm", ["Hymba"])):
         figures.draw_heads(axes := plt.figure().add_subplot(), done, kind)
         assert axes.get_legend_handles_labels()[1] == [*systems, "Hymba with experts"]
+    rate, _ = study.epoch_rates(done, "hymba-concat", "large")
+    large = study.Plan("hymba-concat", "large", "epoch", 4e8, rate)  # then it has a name
+    for some, named in ((done, []), (done | {large.key: made_up(large, 1.2)}, ["concat"])):
+        figures.draw_throughput(axes := plt.figure().add_subplot(), some)
+        assert [text.get_text() for text in axes.texts] == [*named, "Hymba with experts"]
+        assert len(axes.lines) == 2 and axes.get_legend_handles_labels()[1] == ([] if named else ["other variants"])
     plt.close("all")
 
 
