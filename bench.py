@@ -15,7 +15,7 @@ Speed and memory, ours beside the peers that are installed: python bench.py WHAT
     decode      inference in bfloat16 with random weights after 8,192 tokens of context: Hymba-1.5B and Llama-3.2-3B
                 (here and in transformers), at each of --batches, halved until it fits. Prefill, at batches 1 and 16,
                 reads prompts of that length; a decode step starts from a cache with random contents
-    roadmap     the paper's Table 1 as flags of one model (Hymba-350M's sizes): cache and decode speed beside the
+    roadmap     the paper's Table 10 as flags of one model (Hymba-350M's sizes): cache and decode speed beside the
                 paper's, as ratios to attention heads only
     sweep       decode speed against cache bytes of patterns T, t, M and Hymba's, from 1k to 128k tokens of context, at
                 the largest batch that fits

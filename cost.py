@@ -158,7 +158,7 @@ NOTE = """Caches count as the papers do: 2-byte states, all K columns of the con
 Bae et al.'s window must be 1,024 tokens and 64 more, and their Mamba 13 blocks: 34.0 and 13.4 MiB say so. What cannot
 be derived: the caches of their two hybrids (with 2 attention blocks of 13 they are less, with 3 more); their parameters
 and FLOPs of a block (10.1M and 134.2B of a Transformer's); the unit of their training FLOPs, so only ratios stand here;
-and the caches in Hymba's Table 1 (414.72 MB of its Llama), which does not give sizes, but for its Mamba's 1.87 MB."""
+and the caches in Hymba's Table 10 (414.72 MB of its Llama), which does not give sizes, but for its Mamba's 1.87 MB."""
 
 
 def papers() -> list[dict]:

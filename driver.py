@@ -23,8 +23,10 @@ import torch
 
 import prepare
 import study
+from evaluate import read_text
 from files import naming, recover
 from study import Plan
+from tokenizer import load_tokenizer
 
 START, MEASURING, SAVING = 40, 50, 15  # seconds before the first step; of decode_speed and measure; of a checkpoint
 SPEED = 700_000  # tokens/s at the small scale, of a system that was not timed yet
@@ -157,6 +159,7 @@ class Driver:
     """Runs what is missing until the deadline, and appends what came out to results."""
 
     def __init__(self, results: Path, deadline: float, commit: str, texts: list[Path]):
+        """Raises FileNotFoundError where there is no data, and ValueError if a text cannot be measured with it."""
         self.results, self.deadline, self.texts = results, deadline, texts
         self.whole = deadline - time.monotonic()
         self.begun: dict[Plan, tuple[int | None, str]] = {}  # its GPU, and "training", "measuring" or "over"
@@ -164,8 +167,15 @@ class Driver:
         self.turn = threading.Condition()  # holds what was begun and the file of results
         self.origin = {"commit": commit, "torch": torch.__version__}
         for flags in (scale.flags for scale in study.SCALES.values()):
-            meta = prepare.open_split(study.ROOT / "data" / flags["dataset"], "train", flags["data_command"])[1]
+            data = study.ROOT / "data" / flags["dataset"]
+            meta = prepare.open_split(data, "train", flags["data_command"])[1]
             self.origin[f"{flags['dataset']}_data"] = meta["train"]["sha256"][:12]
+            if meta["tokenizer"] == "none":  # of recall, whose models read no text
+                continue
+            tokenizer, need = load_tokenizer(meta["tokenizer"], data, meta.get("tokenizer_sha256")), flags["block_size"]
+            for text in texts:
+                if (n := len(read_text(text, tokenizer).tokens)) <= need:
+                    raise ValueError(f"--text={text} has {n:,} tokens, too few for windows of {need:,}: leave it out")
 
     def on(self, gpu: int | None, stage: str) -> list[Plan]:
         return [plan for plan, where in self.begun.items() if where == (gpu, stage)]

@@ -26,11 +26,12 @@ from study import (
     trials,
 )
 
-# Hymba, Table 1: accuracy of general and of recall tasks, in percent, of models of about 300M parameters. The paper's
-# row of windows has neither meta tokens nor shared keys and values; hymba-windows has both.
+# Hymba, Table 10 (of arXiv's first version): accuracy of general and of recall tasks, in percent, of models of about
+# 300M parameters. Its rows of windows (7, which shares no keys and values either) and of attention alone with the cache
+# of Hymba (10) have no meta tokens; the variants here have. The sequential model is row A of Table 1.
 PAPER = {
     "mamba": (42.98, 19.23), "transformer": (44.08, 39.98), "intra": (45.19, 49.90), "hymba-windows": (44.42, 29.78),
-    "hymba-no-meta": (45.16, 48.04), "hymba": (45.53, 51.79),
+    "hymba-no-meta": (45.16, 48.04), "hymba": (45.53, 51.79), "hymba-no-ssm": (43.60, 28.18), "inter": (44.07, 45.16),
 }  # fmt: skip
 
 # What came after the small epochs: its scale and stage
@@ -256,25 +257,28 @@ def draw_curves(ax, done: dict, seconds: bool) -> None:
 
 def draw_names(ax, points: Iterable[tuple[str, tuple[float, float]]], size: str = "small", colors: bool = True) -> None:
     """Names of points, in the colors of their systems or black, each at that side of its own where the fewest names are
-    in the way, and of such sides where the fewest points are; lines may be. Called last: limits and scales of the axes
-    decide on that."""
+    in the way, of such sides where the fewest points are, and of those close to its own where the fewest lines are.
+    Called last: limits and scales of the axes decide on that."""
     from matplotlib.transforms import Bbox
 
     def place(text, side: tuple[int, int]) -> Bbox:
         text.set(position=side, ha={6: "left", -6: "right", 0: "center"}[side[0]])
         return text.get_window_extent()
 
-    def in_the_way(text, side: tuple[int, int]) -> tuple[int, int]:
-        return (box := place(text, side)).count_overlaps(names), box.count_overlaps(dots)
+    def in_the_way(text, side: tuple[int, int]) -> tuple[int, ...]:
+        box, far = place(text, side), abs(side[1]) == 16
+        crossed = sum(path.intersects_bbox(box) for path in paths)
+        return box.count_overlaps(names), box.count_overlaps(dots), far, crossed
 
     ax.margins(x=0.2, y=0.1)  # for the names at the edges
     ax.autoscale_view()  # at once: places of points in pixels depend on it
     marks = [line.get_xydata() for line in ax.lines] + [some.get_offsets() for some in ax.collections]
     pixels = [xy for some in marks if len(some) for xy in ax.transData.transform(some)]
+    paths = [line.get_path().transformed(line.get_transform()) for line in ax.lines]
     dots, left, right = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in pixels], ax.bbox.x0, ax.bbox.x1
     names = [Bbox.from_extents(-1e4, -1e4, left, 1e4), Bbox.from_extents(right, -1e4, 1e4, 1e4)]  # outside of the axes
     sides = [(x, y) for x in (6, -6) for y in (0, 8, -8)] + [(0, 10), (0, -10)]  # in points
-    sides += [(x, y) for y in (16, -16) for x in (6, -6)]
+    sides += [(x, y) for y in (16, -16) for x in (6, -6)]  # far
     for system, point in points:
         text = ax.annotate(name(system), point, (0, 0), textcoords="offset points", va="center", fontsize=size)
         text.set_color(COLORS[system] if colors else "k")
@@ -351,10 +355,10 @@ def draw_reach(ax, done: dict) -> None:
         points = [reach(row) for row in rows]
         ax.plot(*zip(*points, strict=True), "0.8", zorder=0)
         colors = dict(c=[needle(row) for row in rows], vmin=0, vmax=1, cmap="viridis")
-        if known := i == 0 or system in MAIN or needle(rows[0]) < 0.8:
+        if ringed := i == 0 or system in MAIN or needle(rows[0]) < 0.8:
             named.append((system, points[0]))
-        rings = ["k" if known else "none", "none"][: len(rows)]
-        ax.scatter(*zip(*points, strict=True), s=[36, 12][: len(rows)], edgecolors=rings, zorder=2 + known, **colors)
+        rings = ["k" if ringed else "none", "none"][: len(rows)]
+        ax.scatter(*zip(*points, strict=True), s=[36, 12][: len(rows)], edgecolors=rings, zorder=2 + ringed, **colors)
     if ax.collections:
         ax.figure.colorbar(ax.collections[0], label="needle found in 1,024 tokens")
     ax.set(xlabel="loss within the window of 256, nats per token", ylabel="loss beyond it, nats per token")
@@ -375,12 +379,12 @@ def draw_needle(ax, done: dict) -> None:
 
 
 def draw_ladder(ax, done: dict) -> None:
-    """The paper's accuracies against our loss, for the systems that its Table 1 has, whose names are at recall."""
+    """The paper's accuracies against our loss, for the systems that it has, whose names are at recall."""
     losses = {system: mean_loss(rows) for system, rows in ranking(done).items() if system in PAPER}
     for i, tasks in enumerate(("general tasks", "recall tasks")):
         accuracies = [PAPER[system][i] for system in losses]
         ax.scatter(list(losses.values()), accuracies, marker="so"[i], color=f"C{i}", label=f"{tasks}, the paper's")
-    ax.set(xlabel="validation loss here, nats per token", ylabel="accuracy in the paper's Table 1, %")
+    ax.set(xlabel="validation loss here, nats per token", ylabel="accuracy in the paper, %")
     draw_names(ax, [(system, (loss, PAPER[system][1])) for system, loss in losses.items()], colors=False)
 
 
@@ -408,7 +412,9 @@ def draw_heads(ax, done: dict, kind: str) -> None:
     for i, (system, (row, *_)) in enumerate(shown(done).items()):
         changes = pictures.numbers(row["heads"][kind])
         if not all(map(math.isnan, changes)):
-            ax.plot(range(1, len(changes) + 1), changes, "o-", color=COLORS[system], label=name(system), ms=10 - i)
+            ax.plot(
+                range(1, len(changes) + 1), changes, "o-", color=COLORS[system], label=name(system), ms=max(2, 10 - i)
+            )
     what = {"attn": "attention", "ssm": "SSM heads"}[kind]
     ax.set_title("after four epochs, first seeds", fontsize="small")
     ax.set_yscale("symlog", linthresh=1e-3)  # removing some may help

@@ -633,16 +633,17 @@ class Hymba(nn.Module):
           in [1, 16].
         - Convolutions: uniform within K^-1/2, as PyTorch has it.
 
-        Logarithms are in float64, and rounded once: in float32 their last bit differs between processors.
+        Logarithms are taken on the CPU in float64, and rounded once: in float32 their last bit differs between
+        processors.
         """
         c = self.config
         for name, p in self.named_parameters():
             if name.endswith("A_log") and c.ssm == "mamba2":
-                p.copy_(p.uniform_(1, 16).double().log())
+                p.copy_(p.uniform_(1, 16).cpu().double().log())
             elif name.endswith("A_log"):
-                p.copy_(torch.arange(1, c.d_state + 1, dtype=torch.float64, device=p.device).log().expand_as(p))
+                p.copy_(torch.arange(1, c.d_state + 1, dtype=torch.float64, device="cpu").log().expand_as(p))
             elif name.endswith("dt_bias"):
-                dt = torch.exp(torch.rand_like(p).double() * math.log(100) + math.log(1e-3))
+                dt = torch.exp(torch.rand_like(p).cpu().double() * math.log(100) + math.log(1e-3))
                 p.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
             elif name.endswith("dt_proj.weight"):
                 p.uniform_(-(c.dt_rank**-0.5), c.dt_rank**-0.5)

@@ -1,5 +1,6 @@
 """What runs the study: how long it takes, two runs at a time, runs that are cut off, fail or diverge, and measuring."""
 
+import contextlib
 import json
 import os
 import threading
@@ -85,6 +86,15 @@ def test_a_run_is_recorded_and_goes_on(toy, tmp_path, monkeypatch):
         plan = study.Plan("hymba", "small", stage, 64 * 32, 1e-3)
         (tmp_path / "runs.jsonl").write_text(json.dumps(row | {"stage": stage, "words_data": "other"}) + "\n")
         assert toy(600).next(None) == (plan if stage == "epoch" else None)
+
+
+def test_texts_are_read_before_anything_runs(toy, corpus, tmp_path):
+    """Those that no model could be measured on, and one with more tokens than the context, which has 16."""
+    texts = {"a few words of text " * 40: None, "a": "has 1 tokens, too few for windows of 16", b"\xff" * 99: "UTF-8"}
+    for text, error in texts.items():
+        (file := tmp_path / "text.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+        with pytest.raises(ValueError, match=error) if error else contextlib.nullcontext():
+            driver.Driver(tmp_path / "runs.jsonl", time.monotonic(), "abc", [file])
 
 
 def test_timed_runs_have_the_gpu_for_themselves(toy, tmp_path, monkeypatch, capsys):
@@ -290,6 +300,7 @@ def test_what_is_measured(toy, tmp_path, monkeypatch):
     recall.prepare_recall([2, 4], 100, data_dir=tmp_path / "data")
     few = study.SCALES["recall"].flags | {"dataset": "recall", "vocab_size": 32}
     monkeypatch.setitem(study.SCALES, "recall", study.Scale(30_000, few))
+    driver.Driver(tmp_path / "runs.jsonl", 0, "abc", [tmp_path / "text.txt"])  # which is no matter of recall's
     driver.train(plan := new("recall", "recall", seed=2), os.environ, time.monotonic() + 600)
     found = driver.measure(plan, os.environ, time.monotonic() + 600, [])
     assert set(found) == {"accuracy", "pairs", "cache_bytes", "heads"} and list(found["pairs"]) == ["2", "4"]

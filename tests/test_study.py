@@ -332,13 +332,14 @@ def test_alike_in_four_blocks():
 
 
 def test_the_page_says_what_the_runs_say():
-    """Lines of a system in docs/results.md, found by its name or blocks, have its numbers, and those of a variant of
-    Hymba the loss and the needle of each seed."""
+    """Lines of a system in docs/results.md, found by its name or blocks, have its numbers, speeds, too, and those of a
+    variant of Hymba the loss and the needle of each seed."""
+    speeds = figures.timed(DONE)
     for system, (first, *others) in study.ranking(DONE).items():
         blocks = f"| `{first['flags']['pattern']}` |" if system.startswith(("intra-", "inter-")) else "no blocks"
         variant = f"| `{system.removeprefix('hymba-')}`: "
         found = [line for line in PAGE if any(name in line for name in (f"| `{system}` |", variant, blocks))]
-        assert found or system == "transformer-experts", system
+        assert found, system
         rows = [first, *others]
         loss, needle = f"{study.mean_loss(rows):.3f}", f"{figures.needle(first):.2f}"
         seeds = ", ".join(f"{row['val_loss']:.3f}" for row in rows)
@@ -347,7 +348,9 @@ def test_the_page_says_what_the_runs_say():
             here = [loss, needle]
             if line.startswith(variant):
                 here = [f"{loss} ({seeds})" if others else loss, ", ".join(counted)]
-            numbers = [*(f"{x:.3f}" for x in figures.reach(first)), f"{figures.cache_mb(first):.1f}"]
+            speed, decoding = (speeds[system][key] for key in ("tokens_per_s", "decode_tokens_per_s"))
+            cost = f"{round(speed, -3):,.0f} | {round(decoding, -2):,.0f} | {figures.cache_mb(first):.1f}"
+            numbers = [*(f"{x:.3f}" for x in figures.reach(first)), cost]
             for number in here + numbers:
                 assert f"| {number} |" in line.replace("* |", " |"), (system, number)
 
@@ -508,6 +511,11 @@ def test_names_in_pictures_are_not_in_the_way():
     for box in boxes:
         assert not any(box.contains(*axes.transData.transform(point)) for point in [*points.values(), (1.3, 2)])
         assert axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1
+    axes = plt.figure().add_subplot()
+    (line,) = axes.plot([1, 9], [1, 1])  # to the right of a point
+    figures.draw_against(axes, {"hymba": (1, 1)}, "x", "y")
+    box = axes.texts[0].get_window_extent()
+    assert not line.get_path().transformed(axes.transData).intersects_bbox(box)
     plt.close("all")
 
 

@@ -1,6 +1,6 @@
 """
 Hymba-125M whose heads are concatenated instead of averaged, at its parameters (within 0.3%): a wider output
-projection, a narrower feed-forward. In Hymba's roadmap (Table 1, rows 9 and 11), this is half as fast, and 0.6 points
+projection, a narrower feed-forward. In Hymba's ablations (Table 10: 9 and 11), this is half as fast, and 0.6 points
 worse in general.
 
 Data: python prepare.py python --site-packages --tokenizer=bpe:32000 --name=source
