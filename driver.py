@@ -166,13 +166,17 @@ class Driver:
         self.failed: list[str] = []
         self.turn = threading.Condition()  # holds what was begun and the file of results
         self.origin = {"commit": commit, "torch": torch.__version__}
+        contexts = {}  # the longest with each data set
         for flags in (scale.flags for scale in study.SCALES.values()):
-            data = study.ROOT / "data" / flags["dataset"]
-            meta = prepare.open_split(data, "train", flags["data_command"])[1]
-            self.origin[f"{flags['dataset']}_data"] = meta["train"]["sha256"][:12]
+            data = flags["dataset"], flags["data_command"]
+            contexts[data] = max(flags["block_size"], contexts.get(data, 0))
+        for (name, command), need in contexts.items():
+            folder = study.ROOT / "data" / name
+            meta = prepare.open_split(folder, "train", command)[1]
+            self.origin[f"{name}_data"] = meta["train"]["sha256"][:12]
             if meta["tokenizer"] == "none":  # of recall, whose models read no text
                 continue
-            tokenizer, need = load_tokenizer(meta["tokenizer"], data, meta.get("tokenizer_sha256")), flags["block_size"]
+            tokenizer = load_tokenizer(meta["tokenizer"], folder, meta.get("tokenizer_sha256"))
             for text in texts:
                 if (n := len(read_text(text, tokenizer).tokens)) <= need:
                     raise ValueError(f"--text={text} has {n:,} tokens, too few for windows of {need:,}: leave it out")

@@ -27,11 +27,12 @@ from study import (
 )
 
 # Hymba, Table 10 (of arXiv's first version): accuracy of general and of recall tasks, in percent, of models of about
-# 300M parameters. Its rows of windows (7, which shares no keys and values either) and of attention alone with the cache
-# of Hymba (10) have no meta tokens; the variants here have. The sequential model is row A of Table 1.
+# 300M parameters. Rows 7 (windows, without sharing either), 8 (no sharing), 10 (attention alone with Hymba's savings of
+# cache) and 11 (concatenation) have no meta tokens; the variants here have. The sequential model is row A of Table 1.
 PAPER = {
     "mamba": (42.98, 19.23), "transformer": (44.08, 39.98), "intra": (45.19, 49.90), "hymba-windows": (44.42, 29.78),
     "hymba-no-meta": (45.16, 48.04), "hymba": (45.53, 51.79), "hymba-no-ssm": (43.60, 28.18), "inter": (44.07, 45.16),
+    "hymba-concat": (44.56, 48.94), "hymba-no-sharing": (44.56, 48.79),
 }  # fmt: skip
 
 # What came after the small epochs: its scale and stage
@@ -140,7 +141,8 @@ def reach(row: dict) -> tuple[float, float]:
 
 
 def known(done: dict) -> set[str]:
-    """Systems with names in pictures of all: those of other pictures, at the large scale, or with more parameters."""
+    """Systems that have names in the pictures throughput and later, where others are grey, and whose insides are shown:
+    those of other pictures, at the large scale, or with more parameters."""
     return {*DRAWN, *ranking(done, "large"), *(system for system in SYSTEMS if "n_expert" in SYSTEMS[system])}
 
 
@@ -267,14 +269,15 @@ def draw_names(ax, points: Iterable[tuple[str, tuple[float, float]]], size: str 
 
     def in_the_way(text, side: tuple[int, int]) -> tuple[int, ...]:
         box, far = place(text, side), abs(side[1]) == 16
-        crossed = sum(path.intersects_bbox(box) for path in paths)
+        crossed = sum(path.intersects_bbox(box, filled=False) for path in paths)
         return box.count_overlaps(names), box.count_overlaps(dots), far, crossed
 
     ax.margins(x=0.2, y=0.1)  # for the names at the edges
     ax.autoscale_view()  # at once: places of points in pixels depend on it
     marks = [line.get_xydata() for line in ax.lines] + [some.get_offsets() for some in ax.collections]
     pixels = [xy for some in marks if len(some) for xy in ax.transData.transform(some)]
-    paths = [line.get_path().transformed(line.get_transform()) for line in ax.lines]
+    drawn = [line for line in ax.lines if line.get_linestyle() != "None"]
+    paths = [line.get_path().transformed(line.get_transform()) for line in drawn]
     dots, left, right = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in pixels], ax.bbox.x0, ax.bbox.x1
     names = [Bbox.from_extents(-1e4, -1e4, left, 1e4), Bbox.from_extents(right, -1e4, 1e4, 1e4)]  # outside of the axes
     sides = [(x, y) for x in (6, -6) for y in (0, 8, -8)] + [(0, 10), (0, -10)]  # in points
@@ -385,22 +388,23 @@ def draw_ladder(ax, done: dict) -> None:
         accuracies = [PAPER[system][i] for system in losses]
         ax.scatter(list(losses.values()), accuracies, marker="so"[i], color=f"C{i}", label=f"{tasks}, the paper's")
     ax.set(xlabel="validation loss here, nats per token", ylabel="accuracy in the paper, %")
-    draw_names(ax, [(system, (loss, PAPER[system][1])) for system, loss in losses.items()], colors=False)
+    points = [(system, (loss, PAPER[system][1])) for system, loss in losses.items()]
+    draw_names(ax, sorted(points, key=lambda named: -named[1][1]), colors=False)
 
 
 def draw_later(ax, done: dict) -> None:
     """From an epoch at the small scale to four (solid) and to as many operations as Hymba (dotted). Losses at the large
     scale are of longer context, so its points are by themselves."""
-    ranked = ranking(done)
+    ranked, names = ranking(done), known(done)
     point = lambda runs: (runs[0]["tokens"] * operations(runs[0]), mean_loss(runs))  # noqa: E731
     named = []
     for (what, rows), style in zip(later(done).items(), ("x:", "o-", "s"), strict=True):
         for system, runs in rows.items():
             if system in ranked:
                 begin, end = point(ranked[system]), point(runs)
-                color = COLORS[system] if system in known(done) else "0.7"
+                color = COLORS[system] if system in names else "0.7"
                 ax.plot(*zip(begin, end, strict=True), style, color=color, ms=5, lw=1, markevery=[1])
-                if system in known(done):
+                if system in names:
                     named.append((system, end))
         ax.plot([], style, color="0.4", ms=5, lw=1, label="large (longer context)" if what == "large" else what)
     ax.set(xscale="log", xlabel="floating-point operations of training", ylabel="validation loss, nats per token")

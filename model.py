@@ -633,8 +633,8 @@ class Hymba(nn.Module):
           in [1, 16].
         - Convolutions: uniform within K^-1/2, as PyTorch has it.
 
-        Logarithms are taken on the CPU in float64, and rounded once: in float32 their last bit differs between
-        processors.
+        Logarithms are taken on the CPU in float64, and rounded once: in float32 their last bit depends on the code that
+        MKL chooses for a processor.
         """
         c = self.config
         for name, p in self.named_parameters():

@@ -511,11 +511,11 @@ def test_names_in_pictures_are_not_in_the_way():
     for box in boxes:
         assert not any(box.contains(*axes.transData.transform(point)) for point in [*points.values(), (1.3, 2)])
         assert axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1
-    axes = plt.figure().add_subplot()
-    (line,) = axes.plot([1, 9], [1, 1])  # to the right of a point
-    figures.draw_against(axes, {"hymba": (1, 1)}, "x", "y")
-    box = axes.texts[0].get_window_extent()
-    assert not line.get_path().transformed(axes.transData).intersects_bbox(box)
+    for style, wanted in (("o", (6, 0)), ("-", (6, 8))):  # points without a line, and a line, to the right of a point
+        axes = plt.figure().add_subplot()
+        axes.plot([1, 9], [1, 1], style)
+        figures.draw_against(axes, {"hymba": (1, 1)}, "x", "y")
+        assert axes.texts[0].get_position() == wanted
     plt.close("all")
 
 
